@@ -1,0 +1,84 @@
+#include "cpu/parallel.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <memory>
+#include <new>
+
+namespace eamnet {
+namespace {
+
+struct Free {
+  void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using Memory = std::unique_ptr<std::byte[], Free>;
+
+// A thread keeps its scratch memory: fresh pages cost more than many a kernel runs.
+struct Arena {
+  Memory memory;
+  size_t size = 0;
+  bool in_use = false;
+};
+thread_local Arena arena;
+
+class Lease {
+ public:
+  explicit Lease(size_t size) {
+    // A loop inside a chunk of another loop finds the arena taken.
+    if (arena.in_use) {
+      own_ = allocate(size);
+      begin_ = own_.get();
+      return;
+    }
+    if (arena.size < size) {
+      arena.memory.reset();
+      arena.size = 0;
+      arena.memory = allocate(size);
+      arena.size = size;
+    }
+    arena.in_use = true;
+    begin_ = arena.memory.get();
+  }
+  ~Lease() {
+    if (!own_) arena.in_use = false;
+  }
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  std::byte* begin() const { return begin_; }
+
+ private:
+  static Memory allocate(size_t size) {
+    return Memory(static_cast<std::byte*>(::operator new[](size, std::align_val_t(64))));
+  }
+  Memory own_;
+  std::byte* begin_ = nullptr;
+};
+
+}  // namespace
+
+void run_chunks(
+    int64_t chunks,
+    size_t scratch_bytes,
+    void (*body)(void* context, int64_t chunk, std::byte* scratch),
+    void* context) {
+  if (chunks <= 0) return;
+  // Never empty, so that a lease of its own can be told from the arena's.
+  const size_t bytes = std::max<size_t>(scratch_bytes, 64);
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    Lease lease(bytes);
+    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+      body(context, chunk, lease.begin());
+    }
+  };
+  const auto threads = std::min<int64_t>(chunks, torch::stable::get_num_threads());
+  if (threads == 1) {
+    work(0, 1);
+  } else {
+    // Called for one or more subranges; whoever comes first takes the chunks.
+    torch::stable::parallel_for(0, threads, 1, work);
+  }
+}
+
+}  // namespace eamnet

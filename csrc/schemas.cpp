@@ -1,0 +1,34 @@
+// The operators' schemas.
+//
+// eamnet_kernels holds the public operators; setup.py writes eamnet_schemas.inc from the table in
+// eamnet_kernels/ops/schemas.py, the one place where they stand. eamnet_kernels_native holds the CPU
+// kernels behind them, which csrc/cpu/<operator>.cpp implement: they take only what the Python side
+// has checked, and record no gradient.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+std::string cpu_level() { return eamnet::level_name(eamnet::active_level()); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(eamnet_kernels, m) {
+#include "eamnet_schemas.inc"
+}
+
+STABLE_TORCH_LIBRARY(eamnet_kernels_native, m) {
+  m.def("cpu_level() -> str");
+  m.def("gate_statistics(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gate_statistics_backward(Tensor grad_pixel_mean, Tensor grad_pixel_max,"
+      " Tensor grad_channel_mean, Tensor grad_channel_max, Tensor pixel_argmax,"
+      " Tensor channel_argmax, bool channels_last) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(eamnet_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&cpu_level));
+}

@@ -1,0 +1,309 @@
+"""Builds `eamnet_kernels/_C.so`, the compiled operators, beside the Python packages.
+
+The library uses the LibTorch stable ABI and no Python C API: one build serves every Python and every
+torch from 2.10 on. Loading it is the business of `eamnet_kernels/native.py`. `_C.json` beside it
+records what it was built from.
+
+- `csrc/*.cpp` is compiled once.
+- `csrc/cpu/*.cpp` is compiled once per instruction set ("level", see `csrc/cpu/dispatch.h`) and the
+  right one is chosen at run time, never by the machine that builds.
+
+Environment
+- `EAMNET_BUILD_NATIVE=0`: no compiled library; the operators run on their other backends.
+- `CXX`: the C++ compiler (GCC 11 or Clang 14 or later); else `c++`, `g++` or `clang++` from the path.
+- `CXXFLAGS`, `LDFLAGS`: appended to the flags below.
+- `MAX_JOBS`: compilations at once; else as many as processors and free memory allow.
+- `EAMNET_SANITIZE=address|undefined|thread`: an instrumented build; see `make sanitize`.
+- `SOURCE_DATE_EPOCH`: the date for `_C.json`, for reproducible builds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "eamnet_kernels"
+LIBRARY, FACTS = "_C.so", "_C.json"
+# The oldest torch whose ABI the library asks for: major and minor in the two highest bytes.
+TARGET = (2, 10)
+
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+LEVELS: dict[str, dict[str, list[str]]] = {
+    "x86_64": {
+        "baseline": [],
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    },
+    "aarch64": {"baseline": []},
+}
+COMPILE = [
+    "-std=c++20",
+    "-O3",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",  # vectors are passed between inlined functions only
+    # Kernels write a*b + c for a fused multiply-add; NaN and infinities keep their meaning.
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-DTORCH_STABLE_ONLY",
+    f"-DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000",
+]
+LINK = ["-shared", "-Wl,--no-undefined", "-Wl,--as-needed", "-Wl,-z,relro", "-Wl,-z,now"]
+SANITIZERS = {
+    "address": ["-fsanitize=address"],
+    "undefined": ["-fsanitize=undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+def fail(what: str, remedy: str) -> NoReturn:
+    """End the build with a message that stands out in pip's output."""
+    lines = [
+        f"{PACKAGE}: the compiled library could not be built.",
+        what,
+        remedy,
+        "Or install without it: EAMNET_BUILD_NATIVE=0 pip install . (slower operators, same results)",
+    ]
+    raise SystemExit("\n".join(["", "=" * 80, *lines, "=" * 80]))
+
+
+def native_wanted() -> bool:
+    """Whether to build the library: on Linux, unless switched off."""
+    switch = os.environ.get("EAMNET_BUILD_NATIVE", "1")
+    if switch not in ("0", "1"):
+        raise SystemExit(f"EAMNET_BUILD_NATIVE is '{switch}'; accepted are 0 and 1")
+    return switch == "1" and sys.platform == "linux"
+
+
+def compiler() -> tuple[list[str], str]:
+    """The C++ compiler's command and the first line of its --version."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    command = next((shlex.split(c) for c in candidates if shutil.which(shlex.split(c)[0])), None)
+    if command is None:
+        fail(
+            f"No C++ compiler was found (looked for: {', '.join(candidates)}).",
+            "Install GCC 11 or later (Debian, Ubuntu: apt install g++) or point CXX to a compiler.",
+        )
+    version = subprocess.run(
+        [*command, "--version"], capture_output=True, text=True, check=False
+    ).stdout.partition("\n")[0]
+    number = re.search(r"(\d+)\.\d+", re.sub(r"\(.*?\)", "", version))
+    least = 14 if "clang" in version else 11
+    if number is None or int(number[1]) < least:
+        fail(
+            f"{shlex.join(command)} is '{version}'.",
+            "GCC 11 or Clang 14 or later is needed; point CXX to one.",
+        )
+    return command, version
+
+
+def torch_install() -> tuple[Path, str]:
+    """The folder and the version of the torch whose headers are used, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        fail(
+            "torch was not found in the environment of the build.",
+            "Leave out --no-build-isolation, or install torch>=2.10 first.",
+        )
+    folder = Path(spec.origin).parent
+    version: str = runpy.run_path(str(folder / "version.py"))["__version__"]
+    if tuple(int(part) for part in version.split(".")[:2]) < TARGET:
+        fail(f"torch is {version}.", f"torch>={TARGET[0]}.{TARGET[1]} is needed to build.")
+    return folder, version
+
+
+def ninja() -> str:
+    """The ninja program: that of the Python package, else one on the path."""
+    spec = importlib.util.find_spec("ninja")
+    if spec is not None:
+        import ninja as package
+
+        return str(Path(package.BIN_DIR) / "ninja")
+    program = shutil.which("ninja")
+    if program is None:
+        fail("ninja was not found.", "pip install ninja")
+    return program
+
+
+def jobs() -> int:
+    """Compilations at once: one per processor, each with 1 GiB of memory to itself."""
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return max(1, min(len(os.sched_getaffinity(0)), int(free[1]) >> 20 if free else 1))
+
+
+def schemas() -> dict[str, str]:
+    """The table of operator schemas, without importing the package (which needs torch)."""
+    table: dict[str, str] = runpy.run_path(str(ROOT / PACKAGE / "ops" / "schemas.py"))["SCHEMAS"]
+    return table
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout, `-dirty` appended where tracked files differ from it."""
+    if not (ROOT / ".git").exists():
+        return None
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Keeps the date of an unchanged file, so that ninja rebuilds nothing for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def ninja_path(path: Path | str) -> str:
+    return re.sub(r"([ :$])", r"$\1", str(path))
+
+
+def ninja_file(build: Path, cxx: list[str], torch: Path, extra: list[str]) -> str:
+    """The text of build.ninja: compile each source for each of its levels, then link."""
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{build}", f"-isystem{torch / 'include'}"]
+    # No path of the building machine in messages and debugging information.
+    includes += [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch}/=torch/"]
+    compile_flags = [*COMPILE, *extra, *includes, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    link_flags = [
+        *LINK,
+        *extra,
+        f"-L{torch / 'lib'}",
+        f"-Wl,-rpath-link,{torch / 'lib'}",
+        *shlex.split(os.environ.get("LDFLAGS", "")),
+    ]
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        f"  command = {shlex.join(cxx)} -MMD -MF $out.d {shlex.join(compile_flags)} $level -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {shlex.join(cxx)} {shlex.join(link_flags)} $in -ltorch_cpu -o $out",
+    ]
+    objects: list[str] = []
+
+    def compile_source(source: Path, obj: str, level: list[str]) -> None:
+        lines.append(f"build {obj}: compile {ninja_path(source)}")
+        lines.append(f"  level = {shlex.join(level)}")
+        objects.append(obj)
+
+    for source in sorted((ROOT / "csrc").glob("*.cpp")):
+        compile_source(source, f"{source.stem}.o", [])
+    # Lowest level first: of an inline function that several objects hold (the standard library's,
+    # say) the linker keeps the first, which every processor that calls it can run.
+    for name, flags in LEVELS[platform.machine()].items():
+        defines = [f"-DEAMNET_LEVEL={name}", *(["-DEAMNET_HOST"] if name == "baseline" else [])]
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            compile_source(source, f"{source.stem}.{name}.o", [*flags, *defines])
+    lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class BuildNative(build_ext):
+    """Replaces setuptools' compiler by ninja: no file here has the Python ABI in its name."""
+
+    def run(self) -> None:
+        """Build the library and put it, with its facts, into the package."""
+        if platform.machine() not in LEVELS:
+            fail(
+                f"This machine is '{platform.machine()}'.",
+                f"The library is written for: {', '.join(LEVELS)}.",
+            )
+        sanitizer = os.environ.get("EAMNET_SANITIZE", "")
+        if sanitizer and sanitizer not in SANITIZERS:
+            accepted = ", ".join(SANITIZERS)
+            raise SystemExit(f"EAMNET_SANITIZE is '{sanitizer}'; accepted are: {accepted}")
+        extra = [*SANITIZERS[sanitizer], "-fno-omit-frame-pointer"] if sanitizer else []
+        cxx, cxx_version = compiler()
+        torch, torch_version = torch_install()
+
+        build = ROOT / "build" / ("native" + (f"-{sanitizer}" if sanitizer else ""))
+        table = schemas()
+        definitions = "".join(f"m.def({json.dumps(schema)});\n" for schema in table.values())
+        write_if_changed(build / "eamnet_schemas.inc", definitions)
+        write_if_changed(build / "build.ninja", ninja_file(build, cxx, torch, extra))
+        command = [ninja(), "-C", str(build), "-j", str(jobs())]
+        if subprocess.run(command, check=False).returncode != 0:
+            fail(
+                f"The compiler's messages stand above ({cxx_version}, torch {torch_version}).",
+                "If it ran out of memory, try MAX_JOBS=1.",
+            )
+
+        facts = {
+            "project_version": self.distribution.get_version(),
+            "git_commit": git_commit(),
+            "date": datetime.datetime.fromtimestamp(
+                int(os.environ.get("SOURCE_DATE_EPOCH", time.time())), datetime.timezone.utc
+            ).isoformat(),
+            "machine": platform.machine(),
+            "platform": sys.platform,
+            "torch_version": torch_version,
+            "torch_target": ".".join(map(str, TARGET)),
+            "compiler": cxx_version,
+            "flags": [*COMPILE, *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))],
+            "levels": LEVELS[platform.machine()],
+            "sanitizer": sanitizer or None,
+            "schemas_sha256": hashlib.sha256(
+                json.dumps(table, sort_keys=True).encode()
+            ).hexdigest(),
+        }
+        target = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / PACKAGE
+        target.mkdir(parents=True, exist_ok=True)
+        # Written under another name and moved: a process that has the old one open keeps it.
+        shutil.copy2(build / LIBRARY, target / f"{LIBRARY}.new")
+        (target / f"{LIBRARY}.new").replace(target / LIBRARY)
+        (target / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+
+    def get_outputs(self) -> list[str]:
+        """What belongs to the installation beside the Python files."""
+        folder = ROOT if self.editable_mode else Path(self.build_lib)
+        return [str(folder / PACKAGE / name) for name in (LIBRARY, FACTS)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Nothing is copied from build_lib into the source tree: run() writes there itself."""
+        return {}
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel for the platform but for any Python 3: the library has no Python ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """py3-none-<platform>, or py3-none-any without the library."""
+        _, _, platform_tag = super().get_tag()
+        return "py3", "none", platform_tag
+
+
+if native_wanted():
+    setup(
+        ext_modules=[Extension(f"{PACKAGE}._C", sources=[])],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    )
+else:
+    setup(cmdclass={"bdist_wheel": PlatformWheel})
