@@ -1,0 +1,1 @@
+"""EAM-Net for skin-lesion segmentation: the network, its data, training and evaluation."""
