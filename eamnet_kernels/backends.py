@@ -1,0 +1,222 @@
+"""Which implementation runs: the registry of backends and the choice between them.
+
+A backend is a package `eamnet_kernels.<name>` with one module per operator. Such a module has
+`forward` and `backward` with the arguments of the operator's schema (`ops/schemas.py`), and
+`can_run(arguments)`, which returns None where it can, or else the reason why it cannot. It may have
+`declines(arguments)`: the reason why `auto` should pass it over although it can run, because
+something else was measured to be faster there. The same predicates serve the choice, `explain` and
+the tests, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+Arguments = Mapping[str, Any]
+"""An operator's arguments by the names of its schema, for `can_run` and `declines`."""
+
+OPERATORS = (
+    "gate_statistics",
+    "cross_mix_pixels",
+    "cross_mix_channels",
+    "external_memory",
+    "multi_dilation_conv",
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators.
+
+    `unavailable()` gives the reason why nothing of it can run on this machine, or None;
+    `operators` are those that it implements.
+    """
+
+    name: str
+    description: str
+    unavailable: Callable[[], str | None]
+    operators: tuple[str, ...] = field(default=OPERATORS)
+
+    def module(self, operator: str) -> ModuleType:
+        """The module that implements `operator`; imported at first use."""
+        return importlib.import_module(f"eamnet_kernels.{self.name}.{operator}")
+
+    def reason_not(self, operator: str, arguments: Arguments) -> str | None:
+        """Why this backend cannot run the call, or None where it can."""
+        operator = operator.removesuffix("_backward")
+        if operator not in self.operators:
+            return f"backend {self.name!r} does not implement {operator}"
+        reason = self.unavailable()
+        if reason is None:
+            reason = self.module(operator).can_run(arguments)
+        return reason
+
+    def reason_declined(self, operator: str, arguments: Arguments) -> str | None:
+        """Why `auto` passes this backend over although it can run the call, or None."""
+        declines = getattr(
+            self.module(operator.removesuffix("_backward")), "declines", lambda _: None
+        )
+        return declines(arguments)  # type: ignore[no-any-return]
+
+
+def _native_unavailable() -> str | None:
+    from eamnet_kernels import native
+
+    if native.load():
+        return None
+    return f"the compiled library did not load: {native.error()}"
+
+
+# In the order of preference of `auto`.
+_REGISTRY: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend after those that are there; a name can be taken once."""
+    if backend.name in _REGISTRY or backend.name == "auto":
+        raise ValueError(f"a backend named {backend.name!r} is registered already")
+    _REGISTRY[backend.name] = backend
+
+
+register(Backend("cpu", "C++ with run-time SIMD dispatch", _native_unavailable, ("gate_statistics",)))
+register(Backend("reference", "plain PyTorch, any device and dtype", lambda: None))
+
+
+def names() -> tuple[str, ...]:
+    """The registered backends, most preferred first."""
+    return tuple(_REGISTRY)
+
+
+def get(name: str) -> Backend:
+    """The backend of that name; ValueError names those there are."""
+    try:
+        return _REGISTRY[name]
+    except KeyError:
+        raise ValueError(
+            f"backend {name!r} is not known; accepted: 'auto', {', '.join(map(repr, names()))}"
+        ) from None
+
+
+_DEFAULT = os.environ.get("EAMNET_BACKEND", "auto")  # an unknown name is refused at the first call
+
+_selected: ContextVar[str | None] = ContextVar("eamnet_kernels_backend", default=None)
+
+
+def selected() -> str:
+    """The backend that calls made here ask for: `use_backend`, else EAMNET_BACKEND, else auto."""
+    return _selected.get() or _DEFAULT
+
+
+class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
+    """Ask for one backend by name, or for `"auto"`: as a call for good, or in a `with` for a while.
+
+    A named backend that cannot run a call raises and says why; only `"auto"` chooses. The choice
+    belongs to the current thread and async task. In a function under `torch.compile` it is what was
+    selected when the function was traced.
+
+    >>> use_backend("reference")                # doctest: +SKIP
+    >>> with use_backend("cpu"):                # doctest: +SKIP
+    ...     model(x)
+    """
+
+    def __init__(self, name: str) -> None:
+        if name != "auto":
+            get(name)
+        self.name = name
+        self._token: Token[str | None] = _selected.set(self.name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _selected.reset(self._token)
+
+
+def choose(name: str, operator: str, arguments: Arguments) -> Backend:
+    """The backend for one call: the named one, or for `"auto"` the most preferred that can run.
+
+    Raises ValueError for an unknown name and RuntimeError with the reason where the named backend
+    cannot run the call.
+    """
+    if name != "auto":
+        backend = get(name)
+        reason = backend.reason_not(operator, arguments)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run {operator} here: {reason}")
+        return backend
+    for backend in _REGISTRY.values():
+        if (
+            backend.reason_not(operator, arguments) is None
+            and backend.reason_declined(operator, arguments) is None
+        ):
+            return backend
+    raise RuntimeError(f"no backend can run {operator} here:\n{_table(operator, arguments)}")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `auto` would run for one call, and why not the others (`reasons` by backend)."""
+
+    operator: str
+    chosen: str | None
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.operator}: {self.chosen or 'nothing can run'}"]
+        for name, reason in self.reasons.items():
+            mark = "runs" if name == self.chosen else (reason or "can run, less preferred")
+            lines.append(f"  {name}: {mark}")
+        return "\n".join(lines)
+
+
+def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend `auto` would take for a call and why it would not take the others.
+
+    `args` and `kwargs` are those of `torch.ops.eamnet_kernels.<operator>`; defaults may be left out.
+    """
+    from eamnet_kernels.ops.registration import bind
+
+    arguments = bind(operator, args, kwargs)
+    reasons: dict[str, str | None] = {}
+    chosen = None
+    for name, backend in _REGISTRY.items():
+        reason = backend.reason_not(operator, arguments)
+        if reason is None:
+            reason = backend.reason_declined(operator, arguments)
+            reason = None if reason is None else f"can run, but auto passes it over: {reason}"
+        if reason is None and chosen is None:
+            chosen = name
+        reasons[name] = reason
+    return Explanation(operator, chosen, reasons)
+
+
+def _table(operator: str, arguments: Arguments) -> str:
+    return "\n".join(
+        f"  {name}: {backend.reason_not(operator, arguments)}"
+        for name, backend in _REGISTRY.items()
+    )
+
+
+def cpu_tensors_reason(arguments: Arguments, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """For `can_run` of a CPU backend: why the tensors' device or dtype does not serve, or None."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            if value.device.type != "cpu":
+                return f"{name} is on {value.device}; it takes tensors on the CPU"
+            if value.is_floating_point() and value.dtype not in dtypes:
+                accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+                return f"{name} is {value.dtype}; it takes {accepted}"
+    return None

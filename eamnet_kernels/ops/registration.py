@@ -1,0 +1,145 @@
+"""Registers an operator: its schema, its choice of backend, its fake implementation, its autograd.
+
+Every operator `f` is a pair in the dispatcher, `eamnet_kernels::f` and `eamnet_kernels::f_backward`.
+Their one implementation for all devices asks `backends.choose` and calls that backend's module.
+Autograd connects the two; the derivative of `f_backward` is taken from the plain PyTorch definition,
+so second derivatives work on every backend, at the speed of plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eamnet_kernels import backends, native
+from eamnet_kernels.ops.schemas import SCHEMAS
+
+_NAMESPACE = "eamnet_kernels"
+
+
+@cache
+def _schema(operator: str) -> torch.FunctionSchema:
+    return torch._C.parse_schema(f"{_NAMESPACE}::{SCHEMAS[operator]}")
+
+
+@cache
+def _names_and_defaults(operator: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    arguments = [a for a in _schema(operator).arguments if a.name != "backend"]
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return tuple(a.name for a in arguments), defaults
+
+
+def bind(operator: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by the names of the operator's schema, `backend` left out."""
+    names, defaults = _names_and_defaults(operator)
+    if len(args) > len(names):
+        raise TypeError(f"{operator} takes {len(names)} arguments, {len(args)} were given")
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+def define_schemas() -> None:
+    """Define the operators in Python where the compiled library, which holds them, is not loaded."""
+    if not native.load():
+        for schema in SCHEMAS.values():
+            torch.library.define(f"{_NAMESPACE}::{schema.split('(')[0]}", schema[schema.index("(") :])
+
+
+def _on_chosen_backend(operator: str) -> Callable[..., Any]:
+    """The operator's kernel for every device: choose the backend and call it.
+
+    Autocast is switched off inside: the dtype rule is `functional`'s, and matrix products that a
+    backend makes in float32 must not be cast again.
+    """
+    names, _ = _names_and_defaults(operator)
+    forward, suffix, _ = operator.partition("_backward")
+    method = "backward" if suffix else "forward"
+
+    def kernel(*args: Any, backend: str = "auto") -> Any:
+        chosen = backends.choose(backend, operator, dict(zip(names, args, strict=True)))
+        run = getattr(chosen.module(forward), method)
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return run(*args)
+        return run(*args)
+
+    return kernel
+
+
+def register(
+    operator: str,
+    *,
+    fake: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    double_backward: Callable[..., Any],
+) -> None:
+    """Connect `operator` and its backward to the backends, to tracing and to autograd.
+
+    `fake*` give the outputs' shapes from the operator's arguments. `setup_context(ctx, args, outs)`
+    keeps what `backward(ctx, *grads)` needs; the latter returns a gradient per argument.
+    `double_backward(args, grads)` returns the gradients of `<operator>_backward`'s arguments.
+    """
+    for name, function in ((operator, fake), (f"{operator}_backward", fake_backward)):
+        qualified = f"{_NAMESPACE}::{name}"
+        torch.library.impl(qualified, "CompositeExplicitAutograd", _on_chosen_backend(name))
+        torch.library.register_fake(
+            qualified, lambda *args, _function=function, backend="auto": _function(*args)
+        )
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+        ctx.backend = keyword_only_inputs["backend"]
+        setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(f"{_NAMESPACE}::{operator}", backward, setup_context=keep)
+
+    def keep_arguments(
+        ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+    ) -> None:
+        leaves, ctx.spec = torch.utils._pytree.tree_flatten(inputs)
+        ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+    def differentiate_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        leaves = [
+            next(saved) if is_tensor else constant
+            for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+        ]
+        return tuple(double_backward(torch.utils._pytree.tree_unflatten(leaves, ctx.spec), grads))
+
+    torch.library.register_autograd(
+        f"{_NAMESPACE}::{operator}_backward",
+        differentiate_backward,
+        setup_context=keep_arguments,
+    )
+
+
+def vjp_of_vjp(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad_out: Tensor,
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The gradients of (inputs, grad_out) -> vjp(function) for incoming `grads`, one per input.
+
+    Returns the gradient of `grad_out` and those of `inputs`.
+    """
+
+    def first(out: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        _, pull_back = torch.func.vjp(function, *tensors)
+        return pull_back(out)  # type: ignore[no-any-return]
+
+    _, pull_back = torch.func.vjp(first, grad_out, *inputs)
+    incoming = tuple(
+        torch.zeros_like(x) if g is None else g.to(x.dtype)
+        for g, x in zip(grads, inputs, strict=True)
+    )
+    grad_grad_out, *grad_inputs = pull_back(incoming)
+    return grad_grad_out, tuple(grad_inputs)

@@ -1,0 +1,121 @@
+"""Parallel 3x3 convolutions of different dilation over groups of channels, then a 1x1 convolution.
+
+The channels are split into n + 1 equal groups; the first passes unchanged, group i > 0 goes through
+a 3x3 convolution of dilation and padding `dilations[i-1]` and the activation; the groups are
+concatenated and mixed by a 1x1 convolution. Source: EAM-Net (arXiv:2512.07275), section II.C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, silu
+
+from eamnet_kernels.backends import Arguments
+from eamnet_kernels.ops.layout import memory_format
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "silu": silu,
+    "identity": lambda z: z,
+}
+
+
+def can_run(arguments: Arguments) -> str | None:
+    return None
+
+
+def activation_backward(activation: str, preactivation: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the preactivation."""
+    if activation == "relu":
+        # As torch: nothing at zero and below, and a NaN preactivation lets the gradient through.
+        return torch.where(preactivation <= 0, 0.0, grad)
+    if activation == "silu":
+        sigmoid = torch.sigmoid(preactivation)
+        return grad * sigmoid * (1 + preactivation * (1 - sigmoid))
+    return grad
+
+
+def _branch(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    groups = x.shape[1] // weight.shape[1]
+    return conv2d(x, weight, padding=dilation, dilation=dilation, groups=groups)
+
+
+def direct(
+    x: Tensor,
+    w_branches: Sequence[Tensor],
+    w_point: Tensor,
+    bias: Tensor | None,
+    dilations: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """x (B,C,H,W); per branch (c,c,3,3) or (c,1,3,3); w_point (C,C); bias (C) or None."""
+    first, *groups = x.chunk(len(dilations) + 1, dim=1)
+    branches = [
+        ACTIVATIONS[activation](_branch(group, weight, dilation))
+        for group, weight, dilation in zip(groups, w_branches, dilations, strict=True)
+    ]
+    return conv2d(torch.cat((first, *branches), 1), w_point[:, :, None, None], bias)
+
+
+def forward(
+    x: Tensor,
+    w_branches: Sequence[Tensor],
+    w_point: Tensor,
+    bias: Tensor | None,
+    dilations: Sequence[int],
+    activation: str,
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    layout = memory_format(x)
+    first, *groups = x.chunk(len(dilations) + 1, dim=1)
+    branches = [
+        _branch(group, weight, dilation)
+        for group, weight, dilation in zip(groups, w_branches, dilations, strict=True)
+    ]
+    preactivation = torch.cat(branches, 1) if branches else x[:, :0]
+    fused = torch.cat((first, ACTIVATIONS[activation](preactivation)), 1)
+    out = conv2d(fused, w_point[:, :, None, None], bias).contiguous(memory_format=layout)
+    if not save_for_backward:
+        return out, out.new_empty(0)
+    return out, preactivation.contiguous(memory_format=layout)
+
+
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    groups = x.shape[1] // weight.shape[1]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], groups,
+        [True, True, False],
+    )  # fmt: skip
+    return grad_x, grad_weight
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    w_branches: Sequence[Tensor],
+    w_point: Tensor,
+    has_bias: bool,
+    dilations: Sequence[int],
+    activation: str,
+    preactivation: Tensor,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    layout = memory_format(x)
+    first, *groups = x.chunk(len(dilations) + 1, dim=1)
+    fused = torch.cat((first, ACTIVATIONS[activation](preactivation)), 1)
+    grad_fused, grad_point = _conv_backward(grad_out, fused, w_point[:, :, None, None], 1, 0)
+    channels = first.shape[1]
+    grad_pre = activation_backward(activation, preactivation, grad_fused[:, channels:])
+    grads_x, grads_w = [grad_fused[:, :channels]], []
+    for i, (group, weight, dilation) in enumerate(zip(groups, w_branches, dilations, strict=True)):
+        grad = grad_pre[:, i * channels : (i + 1) * channels]
+        grad_group, grad_weight = _conv_backward(grad, group, weight, dilation, dilation)
+        grads_x.append(grad_group)
+        grads_w.append(grad_weight)
+    grad_bias = grad_out.sum((0, 2, 3)) if has_bias else grad_out.new_empty(0)
+    grad_x = torch.cat(grads_x, 1).contiguous(memory_format=layout)
+    return grad_x, grads_w, grad_point.flatten(1), grad_bias
