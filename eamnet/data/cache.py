@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -49,11 +50,12 @@ class Findings:
 class PictureStore:
     """Pictures of one source at one size.
 
-    On disk, each is one ``.npz`` file whose name is a hash of the source's fingerprint (for files:
-    path, size and time of change of picture and mask, and how masks are read), the size and the
-    resize method: what has changed is simply not found (asked once per picture and store). Files are written beside and moved into
-    place, so that any number of processes may share a folder, and carry a checksum (the zip
-    format's CRC-32); a damaged one is made again.
+    On disk, each is one file whose name is a hash of the source's fingerprint (for files: path,
+    size and time of change of picture and mask, and how masks are read), the size and the resize
+    method: what has changed is simply not found. It is asked for once per picture and store.
+    Files are written beside and moved into place, so that any number of processes may share a
+    folder, and begin with a CRC-32 of the rest; a damaged one is made again. (NumPy's ``.npz``
+    would do as well, but takes 0.7 ms to read where this takes under 0.1.)
 
     Args:
         source: where pictures come from.
@@ -158,21 +160,23 @@ class PictureStore:
             key = "/".join(map(str, parts))
             name = hashlib.sha256(key.encode()).hexdigest()[:40]
             folder = cache_dir / f"{self.source.name}-{self.size}"
-            self._paths[record.id] = folder / f"{name}.npz"
+            self._paths[record.id] = folder / f"{name}.picture"
         return self._paths[record.id]
 
 
 def _write(path: Path, prepared: Prepared) -> None:
+    header = {
+        "size": len(prepared.image),
+        "native_size": prepared.native_size,
+        "notes": prepared.notes,
+        "has_mask": prepared.mask is not None,
+    }
+    mask = b"" if prepared.mask is None else prepared.mask.tobytes()
+    body = json.dumps(header).encode() + b"\n" + prepared.image.tobytes() + mask
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
         try:
-            np.savez(
-                file,
-                image=prepared.image,
-                mask=np.empty((0, 0), np.uint8) if prepared.mask is None else prepared.mask,
-                native_size=np.array(prepared.native_size),
-                notes=np.array(prepared.notes, dtype=np.str_),
-            )
+            file.write(zlib.crc32(body).to_bytes(4, "big") + body)
         except BaseException:
             Path(file.name).unlink()
             raise
@@ -182,14 +186,20 @@ def _write(path: Path, prepared: Prepared) -> None:
 def _read(path: Path) -> Prepared | None:
     """The file's content, or ``None`` if it is not there or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as content:
-            height, width = content["native_size"].tolist()
-            mask = content["mask"]
-            return Prepared(
-                content["image"],
-                mask if mask.size else None,
-                (height, width),
-                tuple(content["notes"].tolist()),
-            )
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        content = path.read_bytes()
+    except OSError:
         return None
+    body = memoryview(content)[4:]
+    if not body or zlib.crc32(body) != int.from_bytes(content[:4], "big"):
+        return None
+    start = content.index(b"\n", 4) + 1
+    header = json.loads(content[4:start])
+    size = header["size"]
+    pixels = np.frombuffer(content, np.uint8, offset=start)
+    height, width = header["native_size"]
+    return Prepared(
+        pixels[: size * size * 3].reshape(size, size, 3),
+        pixels[size * size * 3 :].reshape(size, size) if header["has_mask"] else None,
+        (height, width),
+        tuple(header["notes"]),
+    )

@@ -126,7 +126,7 @@ class Augmentation:
             image = np.rot90(image, turns)
             mask = None if mask is None else np.rot90(mask, turns)
         pixels = to_float(image)
-        labels = None if mask is None else torch.from_numpy(np.ascontiguousarray(mask))
+        labels = None if mask is None else torch.from_numpy(np.array(mask))
         affine = self._affine(draw)
         if affine is not None:
             pixels, labels = _warp(pixels, labels, affine)
