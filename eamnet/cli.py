@@ -1,0 +1,99 @@
+"""The ``eamnet`` command.
+
+Every command is one entry of :data:`COMMANDS`; its module is imported only when the command runs,
+so that ``eamnet --help`` and ``eamnet doctor`` do not wait for the training stack.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+__all__ = ["COMMANDS", "Command", "main"]
+
+
+class Command(NamedTuple):
+    """One ``eamnet`` command: ``run`` is called with the arguments that follow its name."""
+
+    summary: str
+    module: str
+    function: str
+
+    def load(self) -> Callable[[list[str]], int]:
+        """Import the command; its function takes a list of arguments and returns an exit code."""
+        function: Callable[[list[str]], int] = getattr(import_module(self.module), self.function)
+        return function
+
+
+COMMANDS: dict[str, Command] = {
+    "fit": Command("train, evaluate the best checkpoint, write a report", "eamnet.runs", "fit"),
+    "validate": Command("evaluate a run on its validation part", "eamnet.runs", "validate"),
+    "test": Command("evaluate a run on its test part", "eamnet.runs", "test"),
+    "predict": Command("segment picture files or folders", "eamnet.inference", "predict"),
+    "doctor": Command("show versions, backends and what cannot run", "eamnet.doctor", "doctor"),
+    "demo": Command("short training on synthetic pictures, with report", "eamnet.demo", "demo"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: eamnet COMMAND [options]",
+            "",
+            "EAM-Net: segmentation of dermoscopy pictures.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`eamnet COMMAND --help` lists the options of a command,",
+            "`eamnet --version` shows the version.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after ``eamnet``; ``sys.argv[1:]`` by default.
+
+    Returns:
+        The process exit code: 0 on success, 2 for a wrong command line or wrong input, otherwise
+        what the command returns.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("eamnet-kernels"))
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"eamnet: no command {words[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[words[0]].load()(words[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("eamnet", "eamnet_kernels"):
+            raise
+        print(
+            f"eamnet {words[0]}: {error}; pip install 'eamnet-kernels[train]' brings what the "
+            "commands need",
+            file=sys.stderr,
+        )
+        return 2
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
+        # What a user can mend is told in a sentence; the trace is for those who ask for it.
+        import os
+
+        if os.environ.get("EAMNET_TRACEBACK"):
+            raise
+        print(f"eamnet {words[0]}: {error}", file=sys.stderr)
+        print("(EAMNET_TRACEBACK=1 shows where this came from)", file=sys.stderr)
+        return 2

@@ -1,0 +1,357 @@
+"""From picture files to masks: the predictor and the command ``eamnet predict``."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eamnet.data.source import IMAGE_EXTENSIONS, UnreadablePictureError, read_image
+from eamnet.data.transforms import resize_image, to_float
+from eamnet.metrics import THRESHOLD, write_atomic
+from eamnet.model import EAMNet, EAMNetConfig, available_weights
+from eamnet.report import outline_overlay
+
+__all__ = [
+    "Predictor",
+    "export_weights",
+    "most_probable",
+    "predict",
+    "probabilities",
+]
+
+Precision = Literal["float32", "bfloat16", "float16"]
+DEFAULT_SIZE = 256
+"""Network size where the weights do not say at which they were trained: the paper's."""
+_SIZE_KEY = "eamnet_size"
+
+
+def probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring a prediction to another size, as probabilities, bilinearly.
+
+    Args:
+        logits: ``(B, C, H, W)``; one channel means a sigmoid, more a softmax.
+        size: ``(h, w)``.
+
+    Returns:
+        float32 ``(B, C, h, w)``.
+    """
+    logits = logits.float()
+    result = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+    if tuple(result.shape[-2:]) == tuple(size):
+        return result
+    # Without the filter, shrinking would sample single pixels; enlarging is the same either way.
+    return F.interpolate(result, tuple(size), mode="bilinear", antialias=True)
+
+
+def most_probable(probability: Tensor) -> Tensor:
+    """The class of each pixel, uint8 ``(B, H, W)``, from probabilities ``(B, C, H, W)``.
+
+    One channel is foreground above the fixed threshold
+    :data:`eamnet.metrics.THRESHOLD`; of several the largest wins.
+    """
+    if probability.shape[1] == 1:
+        return (probability[:, 0] > THRESHOLD).to(torch.uint8)
+    return probability.argmax(1).to(torch.uint8)
+
+
+class Predictor:
+    """A trained network, from a picture of any size to probabilities at that size.
+
+    Args:
+        model: the network; it is put into evaluation mode and moved.
+        size: side in pixels of the square to which pictures are resized for the network, as in
+            training.
+        device: where it runs.
+        precision: ``float32``, or autocast to ``bfloat16`` or ``float16``.
+
+    Raises:
+        ValueError: ``size`` is not positive or ``precision`` is unknown.
+    """
+
+    def __init__(
+        self,
+        model: EAMNet,
+        size: int = DEFAULT_SIZE,
+        device: str | torch.device = "cpu",
+        precision: Precision = "float32",
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"size must be positive, got {size}")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
+        self.device = torch.device(device)
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.size = size
+        self.dtype: torch.dtype = getattr(torch, precision)
+
+    @classmethod
+    def from_file(
+        cls,
+        checkpoint: str | os.PathLike[str],
+        size: int | None = None,
+        device: str | torch.device = "cpu",
+        precision: Precision = "float32",
+    ) -> Predictor:
+        """Load a ``.ckpt`` of training, a ``.safetensors`` file, or bundled weights by name.
+
+        Args:
+            checkpoint: path or name.
+            size: network size; by default the one that the weights were trained at.
+            device, precision: as for the class.
+
+        Raises:
+            FileNotFoundError: no such file and no bundled weights of that name.
+            ValueError: the file is damaged or of another kind.
+        """
+        model, trained_size = _load(checkpoint)
+        return cls(model, size or trained_size or DEFAULT_SIZE, device, precision)
+
+    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities for one picture.
+
+        Args:
+            image: uint8 ``(H, W, 3)``.
+
+        Returns:
+            float32 ``(H, W)`` for one class, ``(num_classes, H, W)`` for more.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: another shape.
+        """
+        return self.batch([image])[0]
+
+    def batch(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
+        """Probabilities for several pictures, of any sizes, in one pass of the network."""
+        return [(p[0, 0] if p.shape[1] == 1 else p[0]).cpu().numpy() for p in self._forward(images)]
+
+    def masks(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        """Class indices ``(H, W)`` for several pictures, of any sizes."""
+        return [most_probable(p)[0].cpu().numpy() for p in self._forward(images)]
+
+    @torch.inference_mode()
+    def _forward(self, images: Sequence[NDArray[np.uint8]]) -> Iterator[Tensor]:
+        if not images:
+            return
+        for image in images:
+            _check_image(image)
+        x = torch.stack([to_float(resize_image(image, self.size)) for image in images])
+        x = x.to(self.device).contiguous(memory_format=torch.channels_last)
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+            logits = self.model(x)
+        for index, image in enumerate(images):
+            yield probabilities(logits[index : index + 1], image.shape[:2])
+
+
+def _check_image(image: NDArray[np.uint8]) -> None:
+    if image.dtype != np.uint8:
+        raise TypeError(f"image must be uint8, got {image.dtype}")
+    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"image must be a non-empty (H, W, 3), got shape {image.shape}")
+
+
+def _load(checkpoint: str | os.PathLike[str]) -> tuple[EAMNet, int | None]:
+    path = Path(checkpoint)
+    if path.suffix == ".ckpt":
+        from eamnet.checkpoints import load_checkpoint
+
+        content = load_checkpoint(path)
+        return _from_checkpoint(content, path), content.get("eamnet", {}).get("size")
+    if path.suffix != ".safetensors" and str(checkpoint) not in available_weights():
+        raise FileNotFoundError(
+            f"checkpoint {str(checkpoint)!r} is neither a .ckpt nor a .safetensors file nor one "
+            f"of the bundled weights: {', '.join(available_weights()) or 'there are none'}"
+        )
+    model = EAMNet.from_pretrained(checkpoint)
+    size = None
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            size = (file.metadata() or {}).get(_SIZE_KEY)
+    return model, int(size) if size else None
+
+
+def _from_checkpoint(content: dict[str, Any], path: str | os.PathLike[str]) -> EAMNet:
+    if "eamnet" not in content:
+        raise ValueError(f"checkpoint {path} was not written by `eamnet fit`")
+    model = EAMNet(EAMNetConfig.from_dict(content["eamnet"]["network"]))
+    prefix = "network."
+    model.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if prefix in k}
+    )
+    return model.eval()
+
+
+def export_weights(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+    """Write the network of a ``.ckpt`` as safetensors, with its configuration and input size.
+
+    Args:
+        checkpoint: a checkpoint of ``eamnet fit``.
+        path: a name ending in ``.safetensors``; :meth:`Predictor.from_file` and
+            :meth:`eamnet.model.EAMNet.from_pretrained` read it.
+
+    Returns:
+        The file's path.
+    """
+    model, size = _load(checkpoint)
+    path = model.save_pretrained(path)
+    if size is not None:
+        # Weights that do not say at which size they were trained are used at the wrong one.
+        with safe_open(path, framework="pt") as file:
+            metadata = {**file.metadata(), _SIZE_KEY: str(size)}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def predict(arguments: list[str]) -> int:
+    """``eamnet predict``: masks and overlays for picture files and folders."""
+    parser = ArgumentParser(
+        prog="eamnet predict",
+        description="Segment pictures: writes masks and overlays at each picture's own size.",
+    )
+    parser.add_argument(
+        "inputs", nargs="+", type=str, help="Picture files, or folders of picture files."
+    )
+    parser.add_function_arguments(predict_files, skip={"inputs"})
+    options = parser.parse_args(arguments)
+    return predict_files(**vars(options))
+
+
+def predict_files(
+    inputs: Sequence[str],
+    checkpoint: str,
+    output: str = "predictions",
+    recursive: bool = False,
+    overwrite: bool = False,
+    overlays: bool = True,
+    size: int | None = None,
+    batch_size: int = 4,
+    device: str = "auto",
+    precision: Precision = "float32",
+) -> int:
+    """Segment picture files; go on past those that cannot be read and name them at the end.
+
+    Masks are ``OUTPUT/masks/NAME.png``: single-channel, 0 for background and 255 for the lesion,
+    or, for networks of several classes, the class index. Overlays are ``OUTPUT/overlays/NAME.jpg``.
+    Both have the size of the picture as it is seen, that is with its EXIF orientation applied. A
+    folder's pictures keep their place within it.
+
+    Args:
+        inputs: picture files and folders.
+        checkpoint: a ``.ckpt`` or ``.safetensors`` file of ``eamnet fit``, or bundled weights by
+            name.
+        output: folder for the results.
+        recursive: search folders within the folders, too.
+        overwrite: replace results that are there already.
+        overlays: write overlays, too.
+        size: side of the square that the network sees; default: as in training.
+        batch_size: pictures in one pass of the network.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes an accelerator where there is one.
+        precision: ``float32``, or autocast to ``bfloat16`` or ``float16``.
+
+    Returns:
+        0, or 1 if a picture failed.
+
+    Raises:
+        FileNotFoundError: an input is not there, or no picture is.
+        FileExistsError: results are there already and ``overwrite`` is off.
+        ValueError: two pictures would share a result, or an argument is out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    folder = Path(output)
+    jobs = _jobs([Path(i) for i in inputs], folder, recursive, overlays)
+    existing = [t for targets in jobs.values() for t in targets if t.exists()]
+    if existing and not overwrite:
+        raise FileExistsError(
+            f"{len(existing)} results are there already, the first is {existing[0]}: give "
+            "--overwrite true to replace them, or another --output"
+        )
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = found.type if found else "cpu"
+    predictor = Predictor.from_file(checkpoint, size, device, precision)
+    binary = predictor.model.config.num_classes == 1
+    failures: list[str] = []
+    paths = list(jobs)
+    for start in range(0, len(paths), batch_size):
+        batch: dict[Path, NDArray[np.uint8]] = {}
+        for path in paths[start : start + batch_size]:
+            try:
+                batch[path] = read_image(path)
+            except UnreadablePictureError as error:
+                failures.append(str(error))
+        masks = predictor.masks(list(batch.values()))
+        for (path, image), mask in zip(batch.items(), masks, strict=True):
+            targets = jobs[path]
+            _write_picture(targets[0], mask * np.uint8(255) if binary else mask)
+            if overlays:
+                _write_picture(targets[1], outline_overlay(image, None, mask))
+        print(f"{min(start + batch_size, len(paths))}/{len(paths)}", end="\r", file=sys.stderr)
+    print(f"{len(paths) - len(failures)} pictures segmented, in {folder}")
+    if failures:
+        print(f"{len(failures)} failed:", file=sys.stderr)
+        for reason in failures:
+            print(f"  {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _jobs(
+    inputs: Sequence[Path], output: Path, recursive: bool, overlays: bool
+) -> dict[Path, list[Path]]:
+    """Results of each picture; refuses inputs that are not there and results that collide."""
+    pictures: dict[Path, Path] = {}
+    for path in inputs:
+        if path.is_dir():
+            found = sorted(path.rglob("*") if recursive else path.glob("*"))
+            for file in found:
+                # Earlier results inside the folder are no input.
+                own = output.resolve() in file.resolve().parents
+                if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file() and not own:
+                    pictures[file] = file.relative_to(path)
+        elif path.is_file():
+            pictures[path] = Path(path.name)
+        else:
+            raise FileNotFoundError(f"input {path} does not exist")
+    if not pictures:
+        raise FileNotFoundError(
+            f"no pictures ({', '.join(sorted(IMAGE_EXTENSIONS))}) in {', '.join(map(str, inputs))}"
+            + ("" if recursive else "; --recursive true searches the folders within, too")
+        )
+    taken: dict[Path, Path] = {}
+    jobs: dict[Path, list[Path]] = {}
+    for picture, name in pictures.items():
+        mask = output / "masks" / name.with_suffix(".png")
+        if mask in taken:
+            raise ValueError(
+                f"{taken[mask]} and {picture} would both be written to {mask}; predict them into "
+                "different folders"
+            )
+        taken[mask] = picture
+        jobs[picture] = [mask]
+        if overlays:
+            jobs[picture].append(output / "overlays" / name.with_suffix(".jpg"))
+    return jobs
+
+
+def _write_picture(path: Path, pixels: NDArray[np.uint8]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = io.BytesIO()
+    kind = "PNG" if path.suffix == ".png" else "JPEG"
+    Image.fromarray(pixels).save(data, kind, **({} if kind == "PNG" else {"quality": 92}))
+    write_atomic(path, data.getvalue())

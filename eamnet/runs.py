@@ -1,0 +1,374 @@
+"""The commands ``fit``, ``validate`` and ``test``, and the run folders that they fill.
+
+A run folder holds everything about one training run::
+
+    config.yaml        the full configuration, as --config takes it
+    versions.json      versions of the software, the machine, the commit
+    split.json         the pictures of each part, with the split's hash
+    data_report.json   what there was to say about the pictures
+    metrics.csv        losses, metrics and learning rate of each epoch
+    tensorboard/       the same for TensorBoard
+    checkpoints/       best.ckpt (by validation Dice), last-epoch=N.ckpt (the last two)
+    best.safetensors   the weights of best.ckpt
+    validation/ test/  per_image.csv, summary.json and pictures of an evaluation
+    report.html        all of it on one page
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from eamnet.checkpoints import (
+    AtomicCheckpointIO,
+    check_whole,
+    last_whole_checkpoint,
+    load_checkpoint,
+)
+from eamnet.data import SegmentationData
+from eamnet.distributed import CrossProcessBatchNormSync
+from eamnet.inference import export_weights
+from eamnet.report import write_report
+from eamnet.training import SegmentationTask
+from eamnet.versions import versions
+
+__all__ = ["fit", "test", "validate"]
+
+_CONFIGS = Path(__file__).parent / "configs"
+
+
+def fit(arguments: list[str]) -> int:
+    """``eamnet fit``: train, evaluate the best checkpoint on the validation part, report."""
+    return _run("fit", arguments)
+
+
+def validate(arguments: list[str]) -> int:
+    """``eamnet validate``: evaluate a run's best checkpoint on its validation part."""
+    return _run("validate", arguments)
+
+
+def test(arguments: list[str]) -> int:
+    """``eamnet test``: evaluate a run's best checkpoint on its test part."""
+    return _run("test", arguments)
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    # Lightning's own remarks about worker counts, and about folders that a resumed run naturally
+    # finds filled, are noise here.
+    for message in (".*does not have many workers.*", ".*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message)
+    run = _RunCLI(command, _with_run_config(_with_packaged_configs(arguments)))
+    if command == "fit":
+        run.fit()
+    else:
+        run.evaluate(command)
+    return 0
+
+
+def _with_packaged_configs(arguments: list[str]) -> list[str]:
+    """Replace the name of a configuration that comes with the package by its path."""
+    result = list(arguments)
+    for index, word in enumerate(result):
+        previous = result[index - 1] if index else ""
+        name = word.removeprefix("--config=") if word.startswith("--config=") else word
+        if name == word and previous not in ("--config", "-c"):
+            continue
+        packaged = _CONFIGS / f"{name}.yaml"
+        if not Path(name).exists() and packaged.is_file():
+            result[index] = word.removesuffix(name) + str(packaged)
+    return result
+
+
+def _with_run_config(arguments: list[str]) -> list[str]:
+    """Let a run folder that exists bring its own configuration, unless another is named."""
+    if any(w in ("--config", "-c") or w.startswith("--config=") for w in arguments):
+        return arguments
+    for index, word in enumerate(arguments):
+        if word == "--run_dir" and index + 1 < len(arguments):
+            folder = arguments[index + 1]
+        elif word.startswith("--run_dir="):
+            folder = word.removeprefix("--run_dir=")
+        else:
+            continue
+        config = Path(folder, "config.yaml")
+        return ["--config", str(config), *arguments] if config.is_file() else arguments
+    return arguments
+
+
+_DESCRIPTIONS = {
+    "fit": "Train EAM-Net; evaluate the best checkpoint on the validation part; write a report.",
+    "validate": "Evaluate a checkpoint of a run on its validation part; renew the report.",
+    "test": "Evaluate a checkpoint of a run on its test part; renew the report.",
+}
+
+
+class _RunCLI(LightningCLI):
+    """Lightning's command line over one :class:`SegmentationTask` and one data module."""
+
+    def __init__(self, command: str, arguments: list[str]) -> None:
+        self.command = command
+        super().__init__(
+            SegmentationTask,
+            SegmentationData,
+            args=arguments,
+            # One parser for the one command that runs; to build those of all would triple the
+            # start-up.
+            run=False,
+            seed_everything_default=0,
+            save_config_callback=None,
+            # Optimiser and schedule are the task's own options: they are in every checkpoint.
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "max_epochs": 70,
+                "log_every_n_steps": 10,
+                "sync_batchnorm": True,
+                "num_sanity_val_steps": 0,
+            },
+            parser_kwargs={
+                "prog": f"eamnet {command}",
+                "description": _DESCRIPTIONS[command],
+            },
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse ``args``; Lightning's own warns that ``sys.argv`` is filled as well."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The options that belong to the run and not to the task, the data or the trainer."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run; default: runs/<date and time> for fit. Where it holds a run "
+            "already, its config.yaml is the configuration unless --config is given.",
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="A checkpoint file; `last` or `best` of the run. fit resumes from it; validate "
+            "and test evaluate it (default: best).",
+        )
+        if self.command == "fit":
+            parser.add_argument(
+                "--early_stopping",
+                type=int | None,
+                default=None,
+                help="Stop after this many epochs without a better val_dice; default: never.",
+            )
+        parser.link_arguments("data.num_classes", "model.num_classes")
+
+    def before_instantiate_classes(self) -> None:
+        """Find the run folder and the checkpoint; a checkpoint brings the network it needs."""
+        options = self.config
+        self.run_dir = Path(options.run_dir or _default_run_dir(self.command))
+        options.run_dir = str(self.run_dir)
+        self._choose_split()
+        self.checkpoint = self._find_checkpoint(options.ckpt_path)
+        self.resumed_step = 0
+        if self.checkpoint is None:
+            return
+        content = load_checkpoint(self.checkpoint)
+        self.resumed_step = int(content["global_step"])
+        stored = dict(content["hyper_parameters"])
+        classes = stored.pop("num_classes", 1)
+        if classes != options.data.num_classes:
+            raise ValueError(
+                f"{self.checkpoint} was trained for num_classes={classes}, but data.num_classes "
+                f"is {options.data.num_classes}"
+            )
+        for name, value in stored.items():
+            options.model[name] = value
+
+    def _choose_split(self) -> None:
+        """Keep the run to one split: the first use writes it into the run folder."""
+        data = self.config.data
+        self.evaluation_folder = None
+        home = self.run_dir
+        if self.command != "fit":
+            part = "validation" if self.command == "validate" else "test"
+            if data.dataset != _trained_on(self.run_dir):
+                part = f"{part}-{data.dataset}"
+                home = self.run_dir / part
+            self.evaluation_folder = self.run_dir / part
+        self.own_split = data.split is None
+        if self.own_split:
+            data.split = str(home / "split.json")
+
+    def _find_checkpoint(self, given: str | None) -> Path | None:
+        folder = self.run_dir / "checkpoints"
+        if self.command == "fit":
+            if given is None and (self.run_dir / "config.yaml").exists():
+                raise FileExistsError(
+                    f"run_dir {self.run_dir} holds a run already: resume it with --ckpt_path last "
+                    "or give another --run_dir"
+                )
+        elif given is None:
+            given = "best"
+        if given == "last":
+            found = last_whole_checkpoint(folder)
+            if found is None:
+                rank_zero_info(f"{folder} holds no checkpoint yet: starting from the beginning")
+            return found
+        if given is None:
+            return None
+        path = folder / "best.ckpt" if given == "best" else Path(given)
+        check_whole(path)
+        return path
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer with the run's loggers, checkpoints and plugins beside what the user asks."""
+        options = self.config_init
+        config = {**options.trainer, **kwargs, "default_root_dir": str(self.run_dir)}
+        config["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
+        config["callbacks"] = _as_list(config.get("callbacks"))
+        on_cpu = config["accelerator"] == "cpu" or not torch.accelerator.is_available()
+        if config["sync_batchnorm"] and on_cpu:
+            config["plugins"].append(CrossProcessBatchNormSync())
+        if self.command == "fit":
+            config["logger"] = [*self._loggers(), *_as_list(config.get("logger"))]
+            if config["enable_checkpointing"] is not False and not config["fast_dev_run"]:
+                config["callbacks"] += self._checkpoint_callbacks()
+            if options.early_stopping is not None:
+                config["callbacks"].append(
+                    EarlyStopping("val_dice", mode="max", patience=options.early_stopping)
+                )
+            config["callbacks"].append(_RunRecord(self))
+        else:
+            config["logger"] = False
+        return Trainer(**config)
+
+    def _checkpoint_callbacks(self) -> list[Callback]:
+        folder = self.run_dir / "checkpoints"
+        best = ModelCheckpoint(
+            folder, "best", monitor="val_dice", mode="max", enable_version_counter=False
+        )
+        # Whole epochs only, so that a resumed run sees each picture as often as an unbroken one;
+        # two of them, so that one is left should the disk damage the other. After `best`, so that
+        # they hold its state.
+        last = ModelCheckpoint(
+            folder,
+            "last-{epoch:04d}",
+            monitor="epoch",
+            mode="max",
+            save_top_k=2,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        return [best, last]
+
+    def _loggers(self) -> list[Any]:
+        metrics = self.run_dir / "metrics.csv"
+        # The CSV logger starts its file anew: a resumed run puts back what belongs to the epochs
+        # before its checkpoint.
+        rows = _metrics_before(metrics, self.resumed_step)
+        table = CSVLogger(self.run_dir, name="", version="", flush_logs_every_n_steps=1)
+        if rank_zero_only.rank == 0 and rows:
+            table.experiment.metrics.extend(rows)
+            table.save()
+        return [table, TensorBoardLogger(self.run_dir, name="", version="tensorboard")]
+
+    def fit(self) -> None:
+        """Train, export the best weights, evaluate them on the validation part, report."""
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+        self.checkpoint = self.run_dir / "checkpoints" / "best.ckpt"
+        if not self.checkpoint.is_file():
+            rank_zero_info("no checkpoint was written: nothing to evaluate")
+            return
+        if self.trainer.is_global_zero:
+            export_weights(self.checkpoint, self.run_dir / "best.safetensors")
+        self.evaluate("validate")
+
+    def evaluate(self, command: str) -> None:
+        """Evaluate the checkpoint on the part that the command names, and renew the report."""
+        self.model.evaluation_folder = self.evaluation_folder
+        run = self.trainer.validate if command == "validate" else self.trainer.test
+        run(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+        if self.trainer.is_global_zero:
+            print(f"report: {write_report(self.run_dir)}")
+
+
+class _RunRecord(Callback):
+    """Writes what identifies a run into its folder before the first step."""
+
+    def __init__(self, cli: _RunCLI) -> None:
+        self.cli = cli
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Write config.yaml, versions.json and data_report.json."""
+        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder = self.cli.run_dir
+        for leftover in (folder / "checkpoints").glob(".*.tmp"):
+            leftover.unlink()
+        config = self.cli.config.clone()
+        # Which checkpoint a run was resumed from is no part of its configuration.
+        config.ckpt_path = None
+        if self.cli.own_split:
+            config.data.split = None
+        text = self.cli.parser.dump(config, skip_none=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(text)
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        report = trainer.datamodule.report  # type: ignore[attr-defined]
+        (folder / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
+        for line in report:
+            print(line)
+
+
+def _default_run_dir(command: str) -> str:
+    if command != "fit":
+        raise ValueError("run_dir is missing: name the folder of the run with --run_dir")
+    # Lightning starts its further processes with this one's environment.
+    folder = os.environ.get("EAMNET_RUN_DIR")
+    if folder is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "run_dir is missing: processes that are started from outside (torchrun, SLURM) "
+                "cannot agree on a date, so name the folder with --run_dir"
+            )
+        folder = os.environ["EAMNET_RUN_DIR"] = f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    return folder
+
+
+def _trained_on(run_dir: Path) -> str | None:
+    """The data set of a run folder."""
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())
+        return str(config["data"]["dataset"])
+    except FileNotFoundError:
+        return None
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _metrics_before(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rows of a metrics.csv logged before optimiser step ``step``; without a torn last line."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    return [
+        {key: value for key, value in row.items() if value != ""}
+        for row in rows
+        if row["step"].isdigit() and int(row["step"]) < step
+    ]
