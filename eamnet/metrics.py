@@ -141,7 +141,7 @@ def surface_distances(
     box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     points = [np.argwhere(outline(mask[box])) for mask in (truth, prediction)]
     trees = [KDTree(p) for p in points]
-    return trees[0].query(points[1])[0], trees[1].query(points[0])[0]
+    return np.asarray(trees[0].query(points[1])[0]), np.asarray(trees[1].query(points[0])[0])
 
 
 def hausdorff95(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> float:

@@ -46,7 +46,8 @@ def test_value_and_gradients_match_the_formula(num_classes: int, auxiliary_weigh
 
     loss = SegmentationLoss(num_classes, auxiliary_weight)(*inputs, mask)
     expected = dice_ce(exact[0], mask) + auxiliary_weight * dice_ce(exact[1], mask)
-    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
 
     for actual, reference in zip(
@@ -89,8 +90,10 @@ def test_finite_at_512_in_every_dtype(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = SegmentationLoss(num_classes)(logits, logits, mask)
     loss.backward()
-    assert loss.dtype == torch.float32 and math.isfinite(loss.item())
-    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert loss.dtype == torch.float32
+    assert math.isfinite(loss.item())
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
     assert loss.item() == pytest.approx(
         SegmentationLoss(num_classes)(logits.float(), logits.float(), mask).item(),
         rel=1e-6,
@@ -138,7 +141,7 @@ def test_wrong_inputs_are_named(
 
 
 def test_multi_class_masks_are_integers() -> None:
-    with pytest.raises(TypeError, match="^mask of a 3-class problem"):
+    with pytest.raises(TypeError, match=r"^mask of a 3-class problem"):
         SegmentationLoss(3)(torch.zeros(1, 3, 8, 8), None, torch.zeros(1, 1, 8, 8))
 
 

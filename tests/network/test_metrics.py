@@ -372,9 +372,9 @@ def test_duplicate_missing_and_no_rows_are_refused() -> None:
         summarise([*rows, replace(rows[0], resolution="network")])
     with pytest.raises(ValueError, match="got none"):
         summarise([])
-    with pytest.raises(ValueError, match="^resamples"):
+    with pytest.raises(ValueError, match=r"^resamples"):
         summarise(rows, resamples=0)
-    with pytest.raises(ValueError, match="^confidence"):
+    with pytest.raises(ValueError, match=r"^confidence"):
         summarise(rows, confidence=95)
 
 
@@ -567,9 +567,9 @@ def test_discretise_decides_above_one_half() -> None:
 
 def test_streaming_names_wrong_inputs() -> None:
     metric = SegmentationMetrics(1)
-    with pytest.raises(ValueError, match="^logits must"):
+    with pytest.raises(ValueError, match=r"^logits must"):
         metric.update(torch.zeros(1, 2, 8, 8), torch.zeros(1, 1, 8, 8))
-    with pytest.raises(ValueError, match="^mask must"):
+    with pytest.raises(ValueError, match=r"^mask must"):
         metric.update(torch.zeros(1, 1, 8, 8), torch.zeros(1, 8, 8))
-    with pytest.raises(ValueError, match="^num_classes must"):
+    with pytest.raises(ValueError, match=r"^num_classes must"):
         SegmentationMetrics(0)
