@@ -86,7 +86,9 @@ def register(backend: Backend) -> None:
     _REGISTRY[backend.name] = backend
 
 
-register(Backend("cpu", "C++ with run-time SIMD dispatch", _native_unavailable, ("gate_statistics",)))
+register(
+    Backend("cpu", "C++ with run-time SIMD dispatch", _native_unavailable, ("gate_statistics",))
+)
 register(Backend("reference", "plain PyTorch, any device and dtype", lambda: None))
 
 

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eamnet_kernels import ops  # noqa: F401 - defines torch.ops.eamnet_kernels
 from eamnet_kernels.backends import selected
 from eamnet_kernels.ops.layout import dense
+from eamnet_kernels.ops.registration import call
 from eamnet_kernels.reference.multi_dilation_conv import ACTIVATIONS
 
 __all__ = [
@@ -63,7 +63,7 @@ def gate_statistics(x: Tensor) -> GateStatistics:
     Source: Woo et al., CBAM, arXiv:1807.06521.
     """
     _check_map(x)
-    out = torch.ops.eamnet_kernels.gate_statistics(dense(x), backend=selected())
+    out = call("gate_statistics", dense(x), backend=selected())
     return GateStatistics(*out[:4])
 
 
@@ -107,9 +107,7 @@ def cross_mix_pixels(
     if spatial_gate is None:
         tensors = (*tensors, None)
     save = _needs_grad(*tensors)
-    out: Tensor = torch.ops.eamnet_kernels.cross_mix_pixels(
-        *tensors, float(scale), save, backend=selected()
-    )[0]
+    out: Tensor = call("cross_mix_pixels", *tensors, float(scale), save, backend=selected())[0]
     return out
 
 
@@ -171,9 +169,7 @@ def cross_mix_channels(
     )
     if temperature.dtype not in (tensors[0].dtype, torch.float32):
         raise TypeError(f"temperature is {temperature.dtype}; accepted: float32, or that of x")
-    out: Tensor = torch.ops.eamnet_kernels.cross_mix_channels(
-        *tensors, temperature, backend=selected()
-    )[0]
+    out: Tensor = call("cross_mix_channels", *tensors, temperature, backend=selected())[0]
     return out
 
 
@@ -216,7 +212,7 @@ def external_memory(
         dense(x),
         {"memory_key": memory_key, "memory_value": memory_value, "w_out": w_out},
     )
-    out: Tensor = torch.ops.eamnet_kernels.external_memory(*tensors, top_k, backend=selected())[0]
+    out: Tensor = call("external_memory", *tensors, top_k, backend=selected())[0]
     return out
 
 
@@ -285,8 +281,16 @@ def multi_dilation_conv(
     branches, point = weights[:count], weights[count]
     point_bias = None if bias is None else weights[count + 1]
     save = _needs_grad(x, *weights)
-    out: Tensor = torch.ops.eamnet_kernels.multi_dilation_conv(
-        x, branches, point, point_bias, dilations, activation, save, backend=selected()
+    out: Tensor = call(
+        "multi_dilation_conv",
+        x,
+        branches,
+        point,
+        point_bias,
+        dilations,
+        activation,
+        save,
+        backend=selected(),
     )[0]
     return out
 
@@ -308,9 +312,7 @@ def _check_tensor(name: str, tensor: Tensor, dims: int, meaning: str) -> None:
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     _check_tensor(name, tensor, len(shape), f"{meaning} = {shape}")
     if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; accepted: {meaning} = {shape}"
-        )
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: {meaning} = {shape}")
 
 
 def _check_map(x: Tensor) -> None:

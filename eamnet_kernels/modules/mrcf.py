@@ -42,9 +42,7 @@ class MRCF(nn.Module):
         self.depthwise = depthwise
         self.activation = activation
         shape = (group, 1 if depthwise else group, 3, 3)
-        self.w_branches = nn.ParameterList(
-            nn.Parameter(torch.empty(shape)) for _ in self.dilations
-        )
+        self.w_branches = nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in self.dilations)
         self.w_point = nn.Parameter(torch.empty(channels, channels))
         self.norm = nn.BatchNorm2d(channels)
         self.reset_parameters()

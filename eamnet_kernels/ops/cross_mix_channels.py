@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from eamnet_kernels.ops.layout import accumulation_dtype, dense, empty_like
-from eamnet_kernels.ops.registration import register, vjp_of_vjp
+from eamnet_kernels.ops.registration import call, register, vjp_of_vjp
 from eamnet_kernels.reference import cross_mix_channels as reference
 
 
@@ -30,8 +29,11 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
     x = ctx.saved_tensors[0]
-    return torch.ops.eamnet_kernels.cross_mix_channels_backward(  # type: ignore[no-any-return]
-        dense(grad, like=x), *ctx.saved_tensors, backend=ctx.backend
+    return call(
+        "cross_mix_channels_backward",  # type: ignore[no-any-return]
+        dense(grad, like=x),
+        *ctx.saved_tensors,
+        backend=ctx.backend,
     )
 
 

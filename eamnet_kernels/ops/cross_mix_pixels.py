@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from eamnet_kernels.ops.layout import accumulation_dtype
-from eamnet_kernels.ops.registration import register, vjp_of_vjp
+from eamnet_kernels.ops.registration import call, register, vjp_of_vjp
 from eamnet_kernels.reference import cross_mix_pixels as reference
 
 
@@ -47,7 +46,11 @@ def _fake_backward(
     scale: float,
 ) -> tuple[Tensor, ...]:
     grads = [q_s.new_empty(q_s.shape) for _ in range(6)]
-    gate = grad_out.new_empty(0) if spatial_gate is None else spatial_gate.new_empty(spatial_gate.shape)
+    gate = (
+        grad_out.new_empty(0)
+        if spatial_gate is None
+        else spatial_gate.new_empty(spatial_gate.shape)
+    )
     return (*grads, gate)
 
 
@@ -62,8 +65,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, branches, lse = ctx.saved_tensors
-    *grads, grad_gate = torch.ops.eamnet_kernels.cross_mix_pixels_backward(
-        grad, *tensors, branches, lse, ctx.scale, backend=ctx.backend
+    *grads, grad_gate = call(
+        "cross_mix_pixels_backward", grad, *tensors, branches, lse, ctx.scale, backend=ctx.backend
     )
     return *grads, None if tensors[6] is None else grad_gate, None, None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eamnet_kernels.ops.layout import accumulation_dtype, dense, empty_like
-from eamnet_kernels.ops.registration import register, vjp_of_vjp
+from eamnet_kernels.ops.registration import call, register, vjp_of_vjp
 from eamnet_kernels.reference import external_memory as reference
 
 
@@ -40,8 +40,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x = ctx.saved_tensors[0]
-    grads = torch.ops.eamnet_kernels.external_memory_backward(
-        dense(grad, like=x), *ctx.saved_tensors, backend=ctx.backend
+    grads = call(
+        "external_memory_backward", dense(grad, like=x), *ctx.saved_tensors, backend=ctx.backend
     )
     return *grads, None
 

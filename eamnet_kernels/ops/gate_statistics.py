@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eamnet_kernels.ops.layout import is_channels_last
-from eamnet_kernels.ops.registration import register
+from eamnet_kernels.ops.registration import call, register
 from eamnet_kernels.reference import gate_statistics as reference
 
 
@@ -51,7 +51,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, *grads: Tensor) -> Tensor:
     pixel_argmax, channel_argmax = ctx.saved_tensors
-    return torch.ops.eamnet_kernels.gate_statistics_backward(  # type: ignore[no-any-return]
+    return call(
+        "gate_statistics_backward",  # type: ignore[no-any-return]
         *(g.contiguous() for g in grads[:4]),
         pixel_argmax,
         channel_argmax,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eamnet_kernels.ops.layout import dense, empty_like, memory_format
-from eamnet_kernels.ops.registration import register, vjp_of_vjp
+from eamnet_kernels.ops.registration import call, register, vjp_of_vjp
 from eamnet_kernels.reference import multi_dilation_conv as reference
 
 
@@ -63,18 +63,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     x, w_point, preactivation, *w_branches = ctx.saved_tensors
-    grad_x, grad_branches, grad_point, grad_bias = (
-        torch.ops.eamnet_kernels.multi_dilation_conv_backward(
-            dense(grad, like=x),
-            x,
-            w_branches,
-            w_point,
-            ctx.has_bias,
-            ctx.dilations,
-            ctx.activation,
-            preactivation,
-            backend=ctx.backend,
-        )
+    grad_x, grad_branches, grad_point, grad_bias = call(
+        "multi_dilation_conv_backward",
+        dense(grad, like=x),
+        x,
+        w_branches,
+        w_point,
+        ctx.has_bias,
+        ctx.dilations,
+        ctx.activation,
+        preactivation,
+        backend=ctx.backend,
     )
     return (
         grad_x,

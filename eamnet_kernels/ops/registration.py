@@ -14,6 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import (
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_structure,
+    tree_unflatten,
+)
 
 from eamnet_kernels import backends, native
 from eamnet_kernels.ops.schemas import SCHEMAS
@@ -45,7 +52,9 @@ def define_schemas() -> None:
     """Define the operators in Python where the compiled library, which holds them, is not loaded."""
     if not native.load():
         for schema in SCHEMAS.values():
-            torch.library.define(f"{_NAMESPACE}::{schema.split('(')[0]}", schema[schema.index("(") :])
+            torch.library.define(
+                f"{_NAMESPACE}::{schema.split('(')[0]}", schema[schema.index("(") :]
+            )
 
 
 def _on_chosen_backend(operator: str) -> Callable[..., Any]:
@@ -70,6 +79,66 @@ def _on_chosen_backend(operator: str) -> Callable[..., Any]:
     return kernel
 
 
+_transformable: dict[str, type[torch.autograd.Function]] = {}
+
+
+def call(operator: str, *args: Any, backend: str) -> Any:
+    """`torch.ops.eamnet_kernels.<operator>(*args)`, also under `torch.func` transforms.
+
+    Autograd that is registered with the dispatcher refuses `torch.func.grad` and its kin; only a
+    `torch.autograd.Function` is taken apart by them, so under a transform one goes around the call.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        structure = _Structure(args)
+        leaves = tree_leaves(args)
+        outs = _transformable[operator].apply(structure, backend, *leaves)
+        return tree_unflatten(outs, structure.outputs)
+    return getattr(torch.ops.eamnet_kernels, operator)(*args, backend=backend)
+
+
+class _Structure:
+    """How an operator's flattened arguments and results were nested before."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.inputs = tree_structure(args)
+        self.leaves = [len(tree_leaves(arg)) for arg in args]  # of each argument
+        self.outputs: TreeSpec
+
+
+def _make_transformable(
+    operator: str, setup: Callable[..., None], derivative: Callable[..., Any]
+) -> None:
+    """The operator as a `torch.autograd.Function` over its flattened arguments."""
+
+    class Transformable(torch.autograd.Function):
+        @staticmethod
+        def forward(structure: _Structure, backend: str, *leaves: Any) -> tuple[Any, ...]:
+            args = tree_unflatten(leaves, structure.inputs)
+            out = getattr(torch.ops.eamnet_kernels, operator)(*args, backend=backend)
+            out_leaves, structure.outputs = tree_flatten(out)
+            return tuple(out_leaves)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+            ctx.structure, ctx.backend, *leaves = inputs
+            args = tree_unflatten(leaves, ctx.structure.inputs)
+            setup(ctx, args, tree_unflatten(output, ctx.structure.outputs))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            grads = tree_unflatten(grads, ctx.structure.outputs)
+            derivatives = derivative(ctx, *(grads if isinstance(grads, (tuple, list)) else [grads]))
+            if not isinstance(derivatives, tuple):
+                derivatives = (derivatives,)
+            spread = [
+                d if isinstance(d, list) else [d] * count
+                for d, count in zip(derivatives, ctx.structure.leaves, strict=True)
+            ]
+            return None, None, *(d for ds in spread for d in ds)
+
+    _transformable[operator] = Transformable
+
+
 def register(
     operator: str,
     *,
@@ -92,33 +161,37 @@ def register(
             qualified, lambda *args, _function=function, backend="auto": _function(*args)
         )
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    def keep(
+        ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+    ) -> None:
         ctx.backend = keyword_only_inputs["backend"]
         setup_context(ctx, inputs, output)
 
     torch.library.register_autograd(f"{_NAMESPACE}::{operator}", backward, setup_context=keep)
+    _make_transformable(operator, setup_context, backward)
+
+    def setup_arguments(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        leaves, ctx.spec = tree_flatten(inputs)
+        ctx.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def keep_arguments(
         ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
     ) -> None:
-        leaves, ctx.spec = torch.utils._pytree.tree_flatten(inputs)
-        ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        setup_arguments(ctx, inputs, output)
 
     def differentiate_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
-        leaves = [
-            next(saved) if is_tensor else constant
-            for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
-        ]
-        return tuple(double_backward(torch.utils._pytree.tree_unflatten(leaves, ctx.spec), grads))
+        leaves = [next(saved) if c is None else c[0] for c in ctx.constants]
+        args = tree_unflatten(leaves, ctx.spec)
+        return tuple(double_backward(args, grads))
 
     torch.library.register_autograd(
         f"{_NAMESPACE}::{operator}_backward",
         differentiate_backward,
         setup_context=keep_arguments,
     )
+    _make_transformable(f"{operator}_backward", setup_arguments, differentiate_backward)
 
 
 def vjp_of_vjp(

@@ -203,7 +203,10 @@ def mixing_matrices_backward(
         mix = _mix(*operand, t_direction)
         grad_out += (grad_matrix @ mix.mixed.transpose(-1, -2)).sum(0)
         grads.append(_mix_backward(out.t() @ grad_matrix, mix, *operand, t_direction))
-    (q_s, k_c, v_c, gram_s1, gram_ss1, gram1, t_0), (q_c, k_s, v_s, gram_s2, gram2, gram_ss2, t_1) = grads
+    (
+        (q_s, k_c, v_c, gram_s1, gram_ss1, gram1, t_0),
+        (q_c, k_s, v_s, gram_s2, gram2, gram_ss2, t_1),
+    ) = grads
     grad_grams = torch.stack((gram1 + gram2, gram_s1 + gram_s2, gram_ss1 + gram_ss2))
     grad_grams = 0.5 * (grad_grams + grad_grams.transpose(-1, -2))
     grad_gated = torch.cat((q_c, k_c, v_c), 1)  # of w_channel diag(gate), (B,3C,C)
@@ -229,9 +232,7 @@ def forward(
     pixels = x.flatten(2).to(accumulation_dtype(x.dtype))
     gated = pixels * spatial_gate.flatten(2)
     transposed = pixels.transpose(1, 2)
-    grams = torch.stack(
-        (pixels @ transposed, gated @ transposed, gated @ gated.transpose(1, 2))
-    )
+    grams = torch.stack((pixels @ transposed, gated @ transposed, gated @ gated.transpose(1, 2)))
     a_1, a_2 = mixing_matrices(grams, channel_gate, w_spatial, w_channel, w_out, temperature)
     out = (pixels + a_1 @ pixels + a_2 @ gated).to(x.dtype).view(x.shape)
     return out.contiguous(memory_format=memory_format(x)), grams

@@ -66,8 +66,7 @@ def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     delta = (grad * out).sum(-1, keepdim=True)
-    grad_q = torch.empty_like(q)
-    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for rows in _row_blocks(q, k):
         scores = q[:, :, rows] @ k.transpose(-1, -2) * scale
         weights = torch.exp(scores - lse[:, :, rows, None])
@@ -94,7 +93,7 @@ def forward(
     q_s, k_s, v_s = _gated((q_s, k_s, v_s), spatial_gate)
     spatial, lse_s = _attention(q_s, k_c, v_c, scale)
     channel, lse_c = _attention(q_c, k_s, v_s, scale)
-    out = (spatial + channel).to(dtype)
+    out = (spatial + channel).to(dtype).contiguous()
     if not save_for_backward:
         return out, out.new_empty(0), lse_s.new_empty(0)
     return out, torch.stack((spatial, channel)).to(dtype), torch.stack((lse_s, lse_c))
@@ -123,9 +122,9 @@ def backward(
     grads_s = (grad_q_s, grad_k_s, grad_v_s)
     grad_gate = grad_out.new_empty(0)
     if spatial_gate is not None:
-        grad_gate = sum(
-            (g * t).sum((1, 3)) for g, t in zip(grads_s, ungated, strict=True)
-        ).to(spatial_gate.dtype)  # type: ignore[union-attr]
+        grad_gate = sum((g * t).sum((1, 3)) for g, t in zip(grads_s, ungated, strict=True)).to(
+            spatial_gate.dtype
+        )  # type: ignore[union-attr]
         grads_s = _gated(grads_s, spatial_gate)  # type: ignore[assignment]
     grads = (*grads_s, grad_q_c, grad_k_c, grad_v_c)
-    return (*(g.to(dtype) for g in grads), grad_gate)
+    return (*(g.to(dtype).contiguous() for g in grads), grad_gate)
