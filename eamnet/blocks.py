@@ -36,9 +36,11 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation around a shortcut (He et al., 2016).
 
-    ``ReLU(BN(conv(ReLU(BN(conv(x))))) + shortcut(x))``, ``(B, C_in, H, W) -> (B, C_out, H, W)``.
-    The shortcut is a 1x1 convolution with batch normalisation where the channels differ and the
-    identity elsewhere.
+    ``ReLU(BN(conv(ReLU(BN(conv(x))))) + shortcut(x))``. The shortcut is a 1x1 convolution with
+    batch normalisation where the channels differ and the identity elsewhere.
+
+    The last normalisation starts with scale 1, not 0: of at most two blocks in a row none needs to
+    start as the identity, and at 0 the convolutions before it get no gradient in the first step.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -54,6 +56,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W) -> (B, out_channels, H, W)``."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return F.relu(y + self.shortcut(x))
@@ -66,10 +69,7 @@ def _residual_blocks(in_channels: int, out_channels: int, count: int) -> nn.Sequ
 
 
 class EncoderStage(nn.Module):
-    """Residual blocks and then the multi-resolution fusion, all at one resolution.
-
-    ``(B, C_in, H, W) -> (B, C_out, H, W)``.
-    """
+    """Residual blocks and then the multi-resolution fusion, all at one resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, fusion: nn.Module) -> None:
         super().__init__()
@@ -77,6 +77,7 @@ class EncoderStage(nn.Module):
         self.mrcf = fusion
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W) -> (B, out_channels, H, W)``."""
         fused: Tensor = self.mrcf(self.blocks(x))
         return fused
 
@@ -84,9 +85,9 @@ class EncoderStage(nn.Module):
 class DecoderStage(nn.Module):
     """Double the resolution, attend at the fusion point, join the bridged skip.
 
-    ``x (B, C_in, H, W), skip (B, C_skip, 2H, 2W) -> (B, C_out, 2H, 2W)``: a 2x2 transposed
-    convolution with stride 2 brings ``x`` to the skip's shape, ``attention`` reads the sum of the
-    two, and the residual blocks read its result concatenated with the skip.
+    A 2x2 transposed convolution with stride 2 brings the coarser features to the skip's shape,
+    ``attention`` reads the sum of the two, and the residual blocks read its result concatenated
+    with the skip.
     """
 
     def __init__(
@@ -107,6 +108,11 @@ class DecoderStage(nn.Module):
         self.blocks = _residual_blocks(2 * skip_channels, out_channels, blocks)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Join features with the skip of twice their size.
+
+        ``x (B, in_channels, H, W), skip (B, skip_channels, 2H, 2W)`` ->
+        ``(B, out_channels, 2H, 2W)``.
+        """
         fused = self.attention(self.up(x) + skip)
         decoded: Tensor = self.blocks(torch.cat((fused, skip), dim=1))
         return decoded
@@ -115,9 +121,8 @@ class DecoderStage(nn.Module):
 class MultiScaleHead(nn.Module):
     """One 1x1 head per scale, brought to full size bilinearly and fused by a 1x1 convolution.
 
-    ``features[i] (B, widths[i], H_i, W_i) -> (B, num_classes, H, W)``, logits, at the size of the
-    first (finest) feature map. With a single scale there is nothing to fuse: head only. The fusion
-    starts as the mean over the scales, so that every scale is supervised from the first step.
+    With a single scale there is nothing to fuse: head only. The fusion starts as the mean over the
+    scales, so that every scale is supervised from the first step.
     """
 
     def __init__(self, widths: Sequence[int], num_classes: int) -> None:
@@ -132,6 +137,7 @@ class MultiScaleHead(nn.Module):
             nn.init.zeros_(self.fuse.get_parameter("bias"))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """``features[i] (B, widths[i], H_i, W_i)`` -> logits ``(B, num_classes, H_0, W_0)``."""
         size = features[0].shape[-2:]
         # The head comes before the upsampling: the two commute, and it is the cheaper order.
         maps = [head(feature) for head, feature in zip(self.heads, features, strict=True)]
