@@ -9,13 +9,13 @@ pickle.
 from __future__ import annotations
 
 import os
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 
 __all__ = ["AtomicCheckpointIO", "check_whole", "last_whole_checkpoint", "load_checkpoint"]
 
@@ -82,7 +82,7 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
             check_whole(path)
         except ValueError as error:
             reasons.append(str(error))
-            warnings.warn(f"{error}; falling back to the one before", stacklevel=2)
+            rank_zero_warn(f"{error}; falling back to the one before")
         else:
             return path
     if reasons:

@@ -76,5 +76,5 @@ class CrossProcessBatchNormSync(TorchSyncBatchNorm):
         """Undo :meth:`apply`."""
         for module in model.modules():
             if type(module) is CrossProcessBatchNorm2d:
-                module.__class__ = nn.BatchNorm2d
+                module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
         return model

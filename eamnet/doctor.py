@@ -204,7 +204,7 @@ def _check(operator: str, call: dict[str, Any], device: str, dtype: Any) -> list
     # Coarse on purpose: a broken build is wrong by more than bfloat16's rounding of a few sums.
     # How exact the operators are is what the test suite is about.
     for value, truth in pairs:
-        error = (value.double() - truth).norm() / truth.norm()
-        if not error < 0.05:
-            return [f"{where} is wrong: its relative error is {float(error):.2g}"]
+        deviation = (value.double() - truth).norm() / truth.norm()
+        if not deviation < 0.05:
+            return [f"{where} is wrong: its relative error is {float(deviation):.2g}"]
     return []

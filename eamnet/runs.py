@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import time
 import warnings
@@ -25,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from eamnet.checkpoints import (
     AtomicCheckpointIO,
@@ -41,6 +42,7 @@ from eamnet.checkpoints import (
 from eamnet.data import SegmentationData
 from eamnet.distributed import CrossProcessBatchNormSync
 from eamnet.inference import export_weights
+from eamnet.metrics import METRICS, Summary
 from eamnet.report import write_report
 from eamnet.training import SegmentationTask
 from eamnet.versions import versions
@@ -66,10 +68,19 @@ def test(arguments: list[str]) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    # Lightning's own remarks about worker counts, and about folders that a resumed run naturally
-    # finds filled, are noise here.
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*"):
+    # Noise: what is meant so (workers, folders that a resumed run finds filled, few batches), what
+    # is Lightning's own affair, and advertising.
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*smaller than the logging interval.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
+    ):
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
     run = _RunCLI(command, _with_run_config(_with_packaged_configs(arguments)))
     if command == "fit":
         run.fit()
@@ -140,6 +151,8 @@ class _RunCLI(LightningCLI):
             },
             parser_kwargs={
                 "prog": f"eamnet {command}",
+                # The full one fills three screens, and what went wrong stands below it.
+                "usage": f"eamnet {command} [--config FILE] [--OPTION VALUE ...]",
                 "description": _DESCRIPTIONS[command],
             },
         )
@@ -164,13 +177,12 @@ class _RunCLI(LightningCLI):
             help="A checkpoint file; `last` or `best` of the run. fit resumes from it; validate "
             "and test evaluate it (default: best).",
         )
-        if self.command == "fit":
-            parser.add_argument(
-                "--early_stopping",
-                type=int | None,
-                default=None,
-                help="Stop after this many epochs without a better val_dice; default: never.",
-            )
+        parser.add_argument(
+            "--early_stopping",
+            type=int | None,
+            default=None,
+            help="Let fit stop after this many epochs without a better val_dice; default: never.",
+        )
         parser.link_arguments("data.num_classes", "model.num_classes")
 
     def before_instantiate_classes(self) -> None:
@@ -198,14 +210,11 @@ class _RunCLI(LightningCLI):
     def _choose_split(self) -> None:
         """Keep the run to one split: the first use writes it into the run folder."""
         data = self.config.data
-        self.evaluation_folder = None
         home = self.run_dir
-        if self.command != "fit":
-            part = "validation" if self.command == "validate" else "test"
-            if data.dataset != _trained_on(self.run_dir):
-                part = f"{part}-{data.dataset}"
-                home = self.run_dir / part
-            self.evaluation_folder = self.run_dir / part
+        self.evaluation_folder = home / ("test" if self.command == "test" else "validation")
+        if self.command != "fit" and data.dataset != _trained_on(self.run_dir):
+            # Another data set than the run's own has its own split and its own place.
+            self.evaluation_folder = home = Path(f"{self.evaluation_folder}-{data.dataset}")
         self.own_split = data.split is None
         if self.own_split:
             data.split = str(home / "split.json")
@@ -248,7 +257,8 @@ class _RunCLI(LightningCLI):
                 config["callbacks"].append(
                     EarlyStopping("val_dice", mode="max", patience=options.early_stopping)
                 )
-            config["callbacks"].append(_RunRecord(self))
+            if not config["fast_dev_run"]:
+                config["callbacks"].append(_RunRecord(self))
         else:
             config["logger"] = False
         return Trainer(**config)
@@ -278,10 +288,10 @@ class _RunCLI(LightningCLI):
         # before its checkpoint.
         rows = _metrics_before(metrics, self.resumed_step)
         table = CSVLogger(self.run_dir, name="", version="", flush_logs_every_n_steps=1)
-        if rank_zero_only.rank == 0 and rows:
+        if _rank() == 0 and rows:
             table.experiment.metrics.extend(rows)
             table.save()
-        return [table, TensorBoardLogger(self.run_dir, name="", version="tensorboard")]
+        return [table, TensorBoardLogger(self.run_dir, name="tensorboard", version="")]
 
     def fit(self) -> None:
         """Train, export the best weights, evaluate them on the validation part, report."""
@@ -298,8 +308,10 @@ class _RunCLI(LightningCLI):
         """Evaluate the checkpoint on the part that the command names, and renew the report."""
         self.model.evaluation_folder = self.evaluation_folder
         run = self.trainer.validate if command == "validate" else self.trainer.test
-        run(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
-        if self.trainer.is_global_zero:
+        run(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, verbose=False)
+        if self.model.summary is not None:
+            print(_table(self.model.summary))
+            print(f"evaluation: {self.model.evaluation_folder}")
             print(f"report: {write_report(self.run_dir)}")
 
 
@@ -311,7 +323,7 @@ class _RunRecord(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Write config.yaml, versions.json and data_report.json."""
-        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
+        if stage != "fit" or not trainer.is_global_zero:
             return
         folder = self.cli.run_dir
         for leftover in (folder / "checkpoints").glob(".*.tmp"):
@@ -331,6 +343,26 @@ class _RunRecord(Callback):
             print(line)
 
 
+def _table(summary: Summary) -> str:
+    """The metrics of an evaluation, for the terminal."""
+    resolutions = {k: v["macro"] for k, v in summary["resolutions"].items()}
+    lines = [
+        f"\n{summary['images']} pictures: mean over pictures [95 % interval], pooled",
+        " " * 18 + "".join(f"{f'{name} resolution':<34}" for name in resolutions),
+    ]
+    for metric in METRICS:
+        line = f"{metric:<18}"
+        for values in resolutions.values():
+            if metric not in values["mean"]:
+                continue
+            mean, pooled = values["mean"][metric], values["pooled"].get(metric)
+            cell = f"{mean['value']:.4f} [{mean['low']:.4f}, {mean['high']:.4f}]"
+            cell += f", {pooled['value']:.4f}" if pooled else ""
+            line += f"{cell:<34}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
 def _default_run_dir(command: str) -> str:
     if command != "fit":
         raise ValueError("run_dir is missing: name the folder of the run with --run_dir")
@@ -344,6 +376,12 @@ def _default_run_dir(command: str) -> str:
             )
         folder = os.environ["EAMNET_RUN_DIR"] = f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     return folder
+
+
+def _rank() -> int:
+    """This process's place among those of a job, before the trainer is there to tell."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def _trained_on(run_dir: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from eamnet.evaluation import Evaluation
 from eamnet.losses import SegmentationLoss
 from eamnet.metrics import SegmentationMetrics, Summary
 from eamnet.model import EAMNet, EAMNetConfig, EAMNetOutput
+from eamnet_kernels.backends import selected
 
 __all__ = ["SegmentationTask"]
 
@@ -81,23 +83,24 @@ class SegmentationTask(L.LightningModule):
         self._evaluation: Evaluation | None = None
         self._seconds = 0.0
         if channels_last:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.network.to(memory_format=torch.channels_last)
         if compile:
             self.network.compile()
 
     def forward(self, image: Tensor) -> Tensor | EAMNetOutput:
         """What :meth:`eamnet.model.EAMNet.forward` returns for ``image``."""
+        if self.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
         result: Tensor | EAMNetOutput = self.network(image)
         return result
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Bring the pictures into channels-last order, if that is asked for."""
-        if self.channels_last:
-            batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
-        return batch
+    def on_train_epoch_start(self) -> None:
+        """Log the learning rate at the start of the epoch as ``lr``."""
+        if self.trainer.optimizers:
+            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The loss of one batch; logs ``train_loss`` and the learning rate as ``lr``."""
+        """The loss of one batch; logs ``train_loss``."""
         output = self(batch["image"])
         loss: Tensor = self.loss(output.logits, output.auxiliary, batch["mask"])
         self.log(
@@ -109,7 +112,6 @@ class SegmentationTask(L.LightningModule):
             batch_size=len(batch["image"]),
             sync_dist=True,
         )
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -175,23 +177,25 @@ class SegmentationTask(L.LightningModule):
         self._evaluation.add(batch, logits)
 
     def _end_evaluation(self, part: str) -> None:
-        """Write the evaluation and log its headline, prefixed by the part."""
+        """Write the evaluation and how long the network took for it."""
         assert self._evaluation is not None
         evaluation, self._evaluation = self._evaluation, None
-        seconds = self._seconds / max(1, len(evaluation))
+        seconds = self._seconds / len(evaluation)
         folder = self.evaluation_folder or Path(self.trainer.default_root_dir, part)
         self.summary = evaluation.write(folder)
         if self.summary is None:
             return
-        for resolution, values in self.summary["resolutions"].items():
-            for name in ("dice", "iou"):
-                self.log(
-                    f"{part}_{name}_{resolution}",
-                    values["macro"]["mean"][name]["value"],
-                    logger=False,
-                    rank_zero_only=True,
-                )
-        self.log(f"{part}_seconds_per_picture", seconds, logger=False, rank_zero_only=True)
+        speed = {"seconds_per_picture": seconds, **self._setting()}
+        (folder / "speed.json").write_text(json.dumps(speed, indent=2) + "\n")
+
+    def _setting(self) -> dict[str, Any]:
+        """What the network's speed depends on."""
+        return {
+            "device": str(self.device),
+            "precision": str(self.trainer.precision),
+            "threads": torch.get_num_threads(),
+            "backend": selected(),
+        }
 
     def configure_optimizers(self) -> Any:
         """Adam and, unless ``restart_epochs`` is 0, cosine annealing with warm restarts."""
