@@ -6,13 +6,30 @@ statistics of their own halves of a batch, and do not train the network that one
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 __all__ = ["CrossProcessBatchNorm2d", "CrossProcessBatchNormSync"]
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum a tensor over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone()
+        dist.all_reduce(gradient)
+        return gradient
 
 
 class CrossProcessBatchNorm2d(nn.BatchNorm2d):
@@ -32,11 +49,11 @@ class CrossProcessBatchNorm2d(nn.BatchNorm2d):
         wide = x if x.dtype == torch.float64 else x.float()
         count = x.numel() // x.shape[1]
         sums = torch.cat([wide.sum((0, 2, 3)), wide.new_full((1,), count)])
-        sums = all_reduce(sums)
+        sums = _SumOverProcesses.apply(sums)
         total = sums[-1].detach()
         mean = sums[:-1] / total
         centred = wide - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / total
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / total
         if self.track_running_stats:
             self._update_running(mean.detach(), variance.detach(), total)
         scale = torch.rsqrt(variance + self.eps)

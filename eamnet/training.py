@@ -97,7 +97,7 @@ class SegmentationTask(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Log the learning rate at the start of the epoch as ``lr``."""
         if self.trainer.optimizers:
-            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], sync_dist=True)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one batch; logs ``train_loss``."""
@@ -145,9 +145,9 @@ class SegmentationTask(L.LightningModule):
             return
         values = self.metrics.compute()
         self.metrics.reset()
-        # `compute` has gathered all processes' pictures already.
+        # `compute` has gathered all processes' pictures: the mean over processes changes nothing.
         self.log_dict(
-            {"val_dice": values["dice"], "val_iou": values["iou"]}, prog_bar=True, sync_dist=False
+            {"val_dice": values["dice"], "val_iou": values["iou"]}, prog_bar=True, sync_dist=True
         )
 
     def on_test_epoch_start(self) -> None:
