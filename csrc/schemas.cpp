@@ -27,6 +27,15 @@ STABLE_TORCH_LIBRARY(eamnet_kernels_native, m) {
       "gate_statistics_backward(Tensor grad_pixel_mean, Tensor grad_pixel_max,"
       " Tensor grad_channel_mean, Tensor grad_channel_max, Tensor pixel_argmax,"
       " Tensor channel_argmax, bool channels_last) -> Tensor");
+  m.def("cross_mix_channels_grams(Tensor x, Tensor spatial_gate) -> Tensor");
+  m.def(
+      "cross_mix_channels_apply(Tensor x, Tensor spatial_gate, Tensor matrices, bool channels_last)"
+      " -> Tensor");
+  m.def(
+      "cross_mix_channels_grad_matrices(Tensor grad_out, Tensor x, Tensor spatial_gate) -> Tensor");
+  m.def(
+      "cross_mix_channels_apply_backward(Tensor grad_out, Tensor x, Tensor spatial_gate,"
+      " Tensor matrices, Tensor doubled, bool channels_last) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(eamnet_kernels_native, CompositeExplicitAutograd, m) {

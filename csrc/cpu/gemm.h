@@ -49,26 +49,6 @@ inline constexpr int kDotRows = 4;
 template <class T>
 inline constexpr int kColumnBlock = kColumnVectors * Vec<T>::width;
 
-// Number of valid lanes known at compile time: all.
-struct AllLanes {};
-
-template <class T, class P>
-EAMNET_INLINE void store(Vec<T> y, P* p, AllLanes) {
-  y.store(p);
-}
-template <class T, class P>
-EAMNET_INLINE void store(Vec<T> y, P* p, int64_t count) {
-  y.store_partial(p, count);
-}
-template <class T, class P>
-EAMNET_INLINE Vec<T> load(const P* p, AllLanes) {
-  return Vec<T>::load(p);
-}
-template <class T, class P>
-EAMNET_INLINE Vec<T> load(const P* p, int64_t count) {
-  return Vec<T>::load_partial(p, count);
-}
-
 // ------------------------------------------------------------------------------------------ operands
 
 // Row k is data[k*stride ..].
@@ -224,32 +204,6 @@ inline void gemm(int64_t M, int64_t N, int64_t K, const Left& left, const Right&
 }
 
 // ------------------------------------------------------------------------------------ sums over pixels
-
-// Lane i of the result is the sum over all lanes of rows[i].
-template <class T>
-EAMNET_INLINE Vec<T> sum_rows(Vec<T> (&rows)[Vec<T>::width]);
-
-namespace detail {
-
-template <int step, class T>
-EAMNET_INLINE void sum_rows_steps(Vec<T> (&rows)[Vec<T>::width]) {
-  if constexpr (step > 0) {
-#pragma GCC unroll 64
-    for (int i = 0; i < step; ++i) {
-      exchange<step>(rows[i], rows[i + step], std::make_index_sequence<Vec<T>::width>{});
-      rows[i] += rows[i + step];
-    }
-    sum_rows_steps<step / 2>(rows);
-  }
-}
-
-}  // namespace detail
-
-template <class T>
-EAMNET_INLINE Vec<T> sum_rows(Vec<T> (&rows)[Vec<T>::width]) {
-  detail::sum_rows_steps<Vec<T>::width / 2>(rows);
-  return rows[0];
-}
 
 // Which blocks of a product are wanted.
 enum class Part { all, upper };

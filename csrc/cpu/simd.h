@@ -204,12 +204,9 @@ struct Vec {
   friend EAMNET_INLINE Mask<T> operator op(Vec a, Vec b) {                         \
     if constexpr (std::is_same_v<T, float>) {                                      \
       return {_mm512_cmp_ps_mask(bit_cast<__m512>(a.v), bit_cast<__m512>(b.v), predicate)};   \
-    } else if constexpr (std::is_same_v<T, double>) {                              \
-      return {_mm512_cmp_pd_mask(bit_cast<__m512d>(a.v), bit_cast<__m512d>(b.v), predicate)}; \
     } else {                                                                       \
-      typename Mask<T>::Native m = 0;                                              \
-      for (int i = 0; i < width; ++i) m |= static_cast<decltype(m)>((a.v[i] op b.v[i]) << i); \
-      return {m};                                                                  \
+      static_assert(std::is_same_v<T, double>);                                    \
+      return {_mm512_cmp_pd_mask(bit_cast<__m512d>(a.v), bit_cast<__m512d>(b.v), predicate)}; \
     }                                                                              \
   }
   EAMNET_COMPARE(>, _CMP_GT_OQ)
@@ -226,6 +223,20 @@ struct Vec {
   friend EAMNET_INLINE Mask<T> operator==(Vec a, Vec b) { return {a.v == b.v}; }
 #endif
 };
+
+// Integer comparison as a mask over the lanes of T, for indices that go with values.
+template <class T>
+EAMNET_INLINE Mask<T> equal_lanes(Vec<IntOf<T>> a, Vec<IntOf<T>> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 8) {
+    return {_mm512_cmpeq_epi64_mask(bit_cast<__m512i>(a.v), bit_cast<__m512i>(b.v))};
+  } else {
+    return {_mm512_cmpeq_epi32_mask(bit_cast<__m512i>(a.v), bit_cast<__m512i>(b.v))};
+  }
+#else
+  return {a.v == b.v};
+#endif
+}
 
 // a where the mask is true, b elsewhere. T: float, double, int32_t or int64_t.
 template <class M, class T>
@@ -247,7 +258,16 @@ EAMNET_INLINE Vec<T> select(Mask<M> mask, Vec<T> a, Vec<T> b) {
 
 template <class T>
 EAMNET_INLINE Mask<T> isnan(Vec<T> a) {
-  return ~(a == a);
+#if defined(__AVX512F__)
+  // One instruction; GCC does not join the comparison with its negation.
+  if constexpr (sizeof(T) == 8) {
+    return {_mm512_cmp_pd_mask(bit_cast<__m512d>(a.v), bit_cast<__m512d>(a.v), _CMP_UNORD_Q)};
+  } else {
+    return {_mm512_cmp_ps_mask(bit_cast<__m512>(a.v), bit_cast<__m512>(a.v), _CMP_UNORD_Q)};
+  }
+#else
+  return {a.v != a.v};
+#endif
 }
 
 // a*b + c, fused where the level has fused multiply-add.
@@ -259,11 +279,38 @@ EAMNET_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 // The greater of both; NaN if either is NaN (as torch.maximum).
 template <class T>
 EAMNET_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  // The instruction gives b where either is NaN, which leaves the case of a.
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 8) {
+    const Vec<T> m = bit_cast<typename Vec<T>::Native>(
+        _mm512_maskz_max_pd(0xff, bit_cast<__m512d>(a.v), bit_cast<__m512d>(b.v)));
+    return select(isnan(a), a, m);
+  } else {
+    const Vec<T> m = bit_cast<typename Vec<T>::Native>(
+        _mm512_maskz_max_ps(0xffff, bit_cast<__m512>(a.v), bit_cast<__m512>(b.v)));
+    return select(isnan(a), a, m);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 8) {
+    const Vec<T> m = bit_cast<typename Vec<T>::Native>(
+        _mm256_max_pd(bit_cast<__m256d>(a.v), bit_cast<__m256d>(b.v)));
+    return select(isnan(a), a, m);
+  } else {
+    const Vec<T> m = bit_cast<typename Vec<T>::Native>(
+        _mm256_max_ps(bit_cast<__m256>(a.v), bit_cast<__m256>(b.v)));
+    return select(isnan(a), a, m);
+  }
+#else
   return select((a > b) | isnan(a), a, b);
+#endif
 }
 template <class T>
 EAMNET_INLINE Vec<T> minimum(Vec<T> a, Vec<T> b) {
-  return select((a < b) | isnan(a), a, b);
+  if constexpr (std::is_integral_v<T>) {
+    return typename Vec<T>::Native(a.v < b.v ? a.v : b.v);
+  } else {
+    return select((a < b) | isnan(a), a, b);
+  }
 }
 template <class T>
 EAMNET_INLINE Vec<T> abs(Vec<T> a) {
@@ -354,6 +401,56 @@ template <class T>
 EAMNET_INLINE T max(Vec<T> a) {
   return detail::fold<Vec<T>::width / 2>(a, [](Vec<T> x, Vec<T> y) { return maximum(x, y); });
 }
+template <class T>
+EAMNET_INLINE T min(Vec<T> a) {
+  return detail::fold<Vec<T>::width / 2>(a, [](Vec<T> x, Vec<T> y) { return minimum(x, y); });
+}
+
+namespace detail {
+
+template <int step, int count, class T, class F>
+EAMNET_INLINE void fold_rows_steps(Vec<T> (&rows)[count], F combine) {
+  if constexpr (step > 0) {
+#pragma GCC unroll 64
+    for (int i = 0; i < step; ++i) {
+      exchange<step>(rows[i], rows[i + step], std::make_index_sequence<Vec<T>::width>{});
+      rows[i] = combine(rows[i], rows[i + step]);
+    }
+    fold_rows_steps<step / 2>(rows, combine);
+  }
+}
+
+template <int step, class T, class F>
+EAMNET_INLINE Vec<T> fold_lanes(Vec<T> a, F combine) {
+  if constexpr (step < Vec<T>::width) {
+    a = combine(a, swap_lanes<step>(a, std::make_index_sequence<Vec<T>::width>{}));
+    return fold_lanes<step * 2>(a, combine);
+  }
+  return a;
+}
+
+}  // namespace detail
+
+// Lane r of the result combines all lanes of rows[r], for `count` rows at once; count is a power of
+// two and at most the width. Overwrites rows.
+template <int count, class T, class F>
+EAMNET_INLINE Vec<T> fold_rows(Vec<T> (&rows)[count], F combine) {
+  static_assert(count <= Vec<T>::width);
+  detail::fold_rows_steps<count / 2>(rows, combine);
+  return detail::fold_lanes<count>(rows[0], combine);
+}
+template <int count, class T>
+EAMNET_INLINE Vec<T> sum_rows(Vec<T> (&rows)[count]) {
+  return fold_rows(rows, [](Vec<T> x, Vec<T> y) { return x + y; });
+}
+template <int count, class T>
+EAMNET_INLINE Vec<T> max_rows(Vec<T> (&rows)[count]) {
+  return fold_rows(rows, [](Vec<T> x, Vec<T> y) { return maximum(x, y); });
+}
+template <int count, class T>
+EAMNET_INLINE Vec<T> min_rows(Vec<T> (&rows)[count]) {
+  return fold_rows(rows, [](Vec<T> x, Vec<T> y) { return minimum(x, y); });
+}
 
 // --------------------------------------------------------------------------------------- bfloat16
 
@@ -431,6 +528,26 @@ EAMNET_INLINE void Vec<T>::store_partial(bfloat16* p, int64_t count) const {
   static_assert(std::is_same_v<T, float>);
   const auto half = detail::narrow(*this);
   std::memcpy(p, &half, static_cast<size_t>(count) * sizeof(bfloat16));
+}
+
+// Number of valid lanes known at compile time: all.
+struct AllLanes {};
+
+template <class T, class P>
+EAMNET_INLINE void store(Vec<T> y, P* p, AllLanes) {
+  y.store(p);
+}
+template <class T, class P>
+EAMNET_INLINE void store(Vec<T> y, P* p, int64_t count) {
+  y.store_partial(p, count);
+}
+template <class T, class P>
+EAMNET_INLINE Vec<T> load(const P* p, AllLanes) {
+  return Vec<T>::load(p);
+}
+template <class T, class P>
+EAMNET_INLINE Vec<T> load(const P* p, int64_t count) {
+  return Vec<T>::load_partial(p, count);
 }
 
 // The type that values stored as T are computed in: float32 for bfloat16, otherwise T itself.
