@@ -64,7 +64,7 @@ class Backend:
         declines = getattr(
             self.module(operator.removesuffix("_backward")), "declines", lambda _: None
         )
-        return declines(arguments)  # type: ignore[no-any-return]
+        return declines(arguments)
 
 
 def _native_unavailable() -> str | None:
@@ -187,7 +187,8 @@ class Explanation:
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend `auto` would take for a call and why it would not take the others.
 
-    `args` and `kwargs` are those of `torch.ops.eamnet_kernels.<operator>`; defaults may be left out.
+    `args` and `kwargs` are those of `torch.ops.eamnet_kernels.<operator>`; defaults may be left
+    out.
     """
     from eamnet_kernels.ops.registration import bind
 

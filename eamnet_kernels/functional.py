@@ -1,15 +1,15 @@
 """The operators for users: checked arguments, documented shapes, one call each.
 
-Dtypes: float32, bfloat16, float16 and float64; an operator's tensors share one dtype and one device.
-Sums, softmaxes and norms are made in float32 (float64 for float64). Under `torch.autocast` every
-floating tensor is converted to the autocast dtype first, except those of `gate_statistics`, which
-keeps the dtype it is given, and the temperature, which stays float32.
+Dtypes: float32, bfloat16, float16 and float64; an operator's tensors share one dtype and one
+device. Sums, softmaxes and norms are made in float32 (float64 for float64). Under `torch.autocast`
+every floating tensor is converted to the autocast dtype first, except those of `gate_statistics`,
+which keeps the dtype it is given, and the temperature, which stays float32.
 
 Layouts: any strides are accepted. Channels-last input gives channels-last output; any other input
 gives NCHW. Inputs are never written to. All operators can be differentiated twice.
 
-Errors: TypeError for a wrong type or dtype, ValueError for a wrong shape, value or device; each names
-the argument, what was given and what is accepted.
+Errors: TypeError for a wrong type or dtype, ValueError for a wrong shape, value or device; each
+names the argument, what was given and what is accepted.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def gate_statistics(x: Tensor) -> GateStatistics:
         x: (B,C,H,W), with at least one channel and one pixel.
 
     Returns:
-        `GateStatistics` in the dtype of `x`. A maximum is NaN where there is one; its gradient goes to
-        the first maximal element.
+        `GateStatistics` in the dtype of `x`. A maximum is NaN where there is one; its gradient goes
+        to the first maximal element.
 
     Source: Woo et al., CBAM, arXiv:1807.06521.
     """
@@ -82,8 +82,8 @@ def cross_mix_pixels(
     Memory is linear in N: no N x N matrix is kept on any backend.
 
     Args:
-        q_s, k_s, v_s, q_c, k_c, v_c: (B,h,N,d), the spatial and the channel side's queries, keys and
-            values. Any strides.
+        q_s, k_s, v_s, q_c, k_c, v_c: (B,h,N,d), the spatial and the channel side's queries, keys
+            and values. Any strides.
         spatial_gate: (B,N) or None. Multiplies q_s, k_s and v_s at each pixel, as they are loaded.
         scale: the factor of the scores; 1/sqrt(d) by default.
 
@@ -104,10 +104,11 @@ def cross_mix_pixels(
     if scale is None:
         scale = q_s.shape[3] ** -0.5
     tensors = _one_dtype("q_s", q_s, named)
-    if spatial_gate is None:
-        tensors = (*tensors, None)
     save = _needs_grad(*tensors)
-    out: Tensor = call("cross_mix_pixels", *tensors, float(scale), save, backend=selected())[0]
+    gate = None if spatial_gate is None else tensors[6]
+    out: Tensor = call(
+        "cross_mix_pixels", *tensors[:6], gate, float(scale), save, backend=selected()
+    )[0]
     return out
 
 
@@ -179,8 +180,9 @@ def external_memory(
     """Attention of every pixel to S memory slots, then the `top_k` channels of largest L1 norm.
 
     `A = softmax over pixels of memory_key x`, divided by `1e-9 + its sum over slots`;
-    `F = memory_value^T A`; the channels of F with the largest `sum |F|` over the pixels are kept, the
-    others set to zero; result `w_out F`. Kept channels pass their gradient; the selection has none.
+    `F = memory_value^T A`; the channels of F with the largest `sum |F|` over the pixels are kept,
+    the others set to zero; result `w_out F`. Kept channels pass their gradient; the selection has
+    none.
 
     Args:
         x: (B,C,H,W).
@@ -295,8 +297,8 @@ def multi_dilation_conv(
     return out
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _check_tensor(name: str, tensor: Tensor, dims: int, meaning: str) -> None:

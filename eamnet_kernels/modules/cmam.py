@@ -24,8 +24,8 @@ class CMAM(nn.Module):
     Args:
         channels: C of the input and the output.
         attend: what the tokens are. "channels": those of a head, with normalised rows and a learned
-            temperature, linear in the pixels, for large maps. "pixels": scale 1/sqrt(d), quadratic in
-            time and linear in memory, for small maps.
+            temperature, linear in the pixels, for large maps. "pixels": scale 1/sqrt(d), quadratic
+            in time and linear in memory, for small maps.
         heads: h, dividing C; by default one per 32 channels.
         reduction: of the channel gate's MLP.
         fusion: "cross" as above, or one of the plain ways to join the two gates, for comparison:
@@ -104,11 +104,13 @@ class CMAM(nn.Module):
         shared = self.w_spatial.to(gated.dtype).expand(batch, -1, -1)
         projected = pixels @ torch.cat((shared, gated), 1).transpose(1, 2)  # (B,N,6C)
         tokens = projected.view(batch, height * width, 6, self.heads, channels // self.heads)
-        mixed = cross_mix_pixels(*tokens.permute(2, 0, 3, 1, 4), spatial_gate.flatten(1))
+        q_s, k_s, v_s, q_c, k_c, v_c = tokens.permute(2, 0, 3, 1, 4)
+        mixed = cross_mix_pixels(q_s, k_s, v_s, q_c, k_c, v_c, spatial_gate.flatten(1))
         out = mixed.transpose(1, 2).flatten(2) @ self.w_out.t()  # (B,N,C)
         return out.transpose(1, 2).reshape(batch, channels, height, width)
 
     def extra_repr(self) -> str:
+        """The arguments, for `print`."""
         return (
             f"{self.channels}, attend={self.attend!r}, heads={self.heads}, fusion={self.fusion!r}"
         )

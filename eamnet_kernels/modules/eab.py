@@ -57,4 +57,5 @@ class EAB(nn.Module):
         return torch.relu(self.norm(attended) + x)
 
     def extra_repr(self) -> str:
+        """The arguments, for `print`."""
         return f"{self.channels}, memory_size={self.memory_size}, top_k={self.top_k}"

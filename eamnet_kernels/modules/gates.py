@@ -1,4 +1,4 @@
-"""CBAM's two gates, fed by `gate_statistics`. Source: Woo et al., arXiv:1807.06521, equations 2, 3."""
+"""CBAM's two gates, fed by `gate_statistics` (Woo et al., arXiv:1807.06521, equations 2, 3)."""
 
 from __future__ import annotations
 

@@ -67,6 +67,7 @@ class MRCF(nn.Module):
         return torch.relu(self.norm(mixed))
 
     def extra_repr(self) -> str:
+        """The arguments, for `print`."""
         return (
             f"{self.channels}, dilations={self.dilations}, depthwise={self.depthwise}, "
             f"activation={self.activation!r}"

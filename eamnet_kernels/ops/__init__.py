@@ -1,4 +1,4 @@
-"""The operators in PyTorch's dispatcher: `torch.ops.eamnet_kernels.*`. Importing this defines them."""
+"""The operators in PyTorch's dispatcher, `torch.ops.eamnet_kernels.*`; importing defines them."""
 
 from eamnet_kernels.ops.registration import define_schemas
 

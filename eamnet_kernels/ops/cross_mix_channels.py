@@ -1,4 +1,7 @@
-"""Dispatcher entry of `cross_mix_channels`: shapes, autograd. Definition: `reference/cross_mix_channels.py`."""
+"""Dispatcher entry of `cross_mix_channels`: shapes, what is saved, autograd.
+
+Definition: `reference/cross_mix_channels.py`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
     x = ctx.saved_tensors[0]
     return call(
-        "cross_mix_channels_backward",  # type: ignore[no-any-return]
+        "cross_mix_channels_backward",
         dense(grad, like=x),
         *ctx.saved_tensors,
         backend=ctx.backend,

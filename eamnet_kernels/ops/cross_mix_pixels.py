@@ -1,4 +1,7 @@
-"""Dispatcher entry of `cross_mix_pixels`: shapes, autograd. Definition: `reference/cross_mix_pixels.py`."""
+"""Dispatcher entry of `cross_mix_pixels`: shapes, what is saved, autograd.
+
+Definition: `reference/cross_mix_pixels.py`.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,8 @@ def _double_backward(args: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | Non
     given = [t for t in tensors if t is not None]
 
     def function(*tensors: Tensor) -> Tensor:
-        return reference.direct(*tensors[:6], tensors[6] if len(tensors) > 6 else None, scale)  # type: ignore[call-arg]
+        q_s, k_s, v_s, q_c, k_c, v_c, *gate = tensors
+        return reference.direct(q_s, k_s, v_s, q_c, k_c, v_c, gate[0] if gate else None, scale)
 
     grad_grad_out, grad_inputs = vjp_of_vjp(function, given, grad_out, grads[: len(given)])
     return grad_grad_out, *grad_inputs, *[None] * (7 - len(given)), None, None, None

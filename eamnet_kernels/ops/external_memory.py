@@ -1,4 +1,7 @@
-"""Dispatcher entry of `external_memory`: shapes, autograd. Definition: `reference/external_memory.py`."""
+"""Dispatcher entry of `external_memory`: shapes, what is saved, autograd.
+
+Definition: `reference/external_memory.py`.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,8 @@ def _double_backward(args: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | Non
     grad_out, *inputs, _, kept = args
     top_k = int(kept[0].sum()) if len(kept) else 1
 
-    def function(*inputs: Tensor) -> Tensor:
-        return reference.direct(*inputs, top_k)  # type: ignore[call-arg]
+    def function(x: Tensor, key: Tensor, value: Tensor, w_out: Tensor) -> Tensor:
+        return reference.direct(x, key, value, w_out, top_k)
 
     grad_grad_out, grad_inputs = vjp_of_vjp(function, inputs, grad_out, grads)
     return grad_grad_out, *grad_inputs, None, None

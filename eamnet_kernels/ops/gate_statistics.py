@@ -1,4 +1,7 @@
-"""Dispatcher entry of `gate_statistics`: shapes, autograd. Definition: `reference/gate_statistics.py`."""
+"""Dispatcher entry of `gate_statistics`: shapes, what is saved, autograd.
+
+Definition: `reference/gate_statistics.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eamnet_kernels.ops.layout import is_channels_last
-from eamnet_kernels.ops.registration import call, register
+from eamnet_kernels.ops.registration import call, register, vjp
 from eamnet_kernels.reference import gate_statistics as reference
 
 
@@ -43,7 +46,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Saving the positions of the maxima (1/C of x and less) lets the backward write without reading x.
+    # Saving the positions of the maxima (1/C of x and less) lets the backward write without
+    # reading x.
     ctx.save_for_backward(output[4], output[5])
     ctx.mark_non_differentiable(output[4], output[5])
     ctx.channels_last = is_channels_last(inputs[0])
@@ -52,7 +56,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor) -> Tensor:
     pixel_argmax, channel_argmax = ctx.saved_tensors
     return call(
-        "gate_statistics_backward",  # type: ignore[no-any-return]
+        "gate_statistics_backward",
         *(g.contiguous() for g in grads[:4]),
         pixel_argmax,
         channel_argmax,
@@ -64,11 +68,10 @@ def _backward(ctx: Any, *grads: Tensor) -> Tensor:
 def _double_backward(args: Any, grads: tuple[Tensor]) -> tuple[Tensor | None, ...]:
     *values, pixel_argmax, channel_argmax, channels_last = args
 
-    def linear(*v: Tensor) -> Tensor:
-        return reference.backward(*v, pixel_argmax, channel_argmax, channels_last)  # type: ignore[call-arg]
+    def linear(pm: Tensor, px: Tensor, cm: Tensor, cx: Tensor) -> Tensor:
+        return reference.backward(pm, px, cm, cx, pixel_argmax, channel_argmax, channels_last)
 
-    _, pull_back = torch.func.vjp(linear, *values)
-    return *pull_back(grads[0]), None, None, None
+    return *vjp(linear, *values)(grads[0]), None, None, None
 
 
 register(

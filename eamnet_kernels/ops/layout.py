@@ -1,4 +1,4 @@
-"""Memory layout, in one place: which one an output gets, and what a kernel may assume of an input."""
+"""Memory layout, in one place: which one an output gets, what a kernel may assume of an input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """`x` without gaps in one of the two layouts (that of `like` where given), copied only if need be."""
+    """`x` without gaps in one of the two layouts (that of `like` where given), copied only if need
+    be.
+    """
     return x.contiguous(memory_format=memory_format(x if like is None else like))
 
 

@@ -1,4 +1,7 @@
-"""Dispatcher entry of `multi_dilation_conv`: shapes, autograd. Definition: `reference/multi_dilation_conv.py`."""
+"""Dispatcher entry of `multi_dilation_conv`: shapes, what is saved, autograd.
+
+Definition: `reference/multi_dilation_conv.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Registers an operator: its schema, its choice of backend, its fake implementation, its autograd.
 
-Every operator `f` is a pair in the dispatcher, `eamnet_kernels::f` and `eamnet_kernels::f_backward`.
-Their one implementation for all devices asks `backends.choose` and calls that backend's module.
-Autograd connects the two; the derivative of `f_backward` is taken from the plain PyTorch definition,
-so second derivatives work on every backend, at the speed of plain PyTorch.
+Every operator `f` is a pair in the dispatcher, `eamnet_kernels::f` and
+`eamnet_kernels::f_backward`. Their one implementation for all devices asks `backends.choose` and
+calls that backend's module. Autograd connects the two; the derivative of `f_backward` is taken from
+the plain PyTorch definition, so second derivatives work on every backend, at the speed of plain
+PyTorch.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def bind(operator: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str
 
 
 def define_schemas() -> None:
-    """Define the operators in Python where the compiled library, which holds them, is not loaded."""
+    """Define the operators in Python where the compiled library, which has them, is not loaded."""
     if not native.load():
         for schema in SCHEMAS.values():
             torch.library.define(
@@ -194,6 +195,12 @@ def register(
     _make_transformable(f"{operator}_backward", setup_arguments, differentiate_backward)
 
 
+def vjp(function: Callable[..., Any], *inputs: Tensor) -> Callable[[Any], tuple[Tensor, ...]]:
+    """The map from an incoming gradient of `function` at `inputs` to those of the inputs."""
+    pull_back: Callable[[Any], tuple[Tensor, ...]] = torch.func.vjp(function, *inputs)[1]
+    return pull_back
+
+
 def vjp_of_vjp(
     function: Callable[..., Tensor],
     inputs: Sequence[Tensor],
@@ -206,10 +213,9 @@ def vjp_of_vjp(
     """
 
     def first(out: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        _, pull_back = torch.func.vjp(function, *tensors)
-        return pull_back(out)  # type: ignore[no-any-return]
+        return vjp(function, *tensors)(out)
 
-    _, pull_back = torch.func.vjp(first, grad_out, *inputs)
+    pull_back = vjp(first, grad_out, *inputs)
     incoming = tuple(
         torch.zeros_like(x) if g is None else g.to(x.dtype)
         for g, x in zip(grads, inputs, strict=True)

@@ -1,8 +1,8 @@
 """The operators' schemas: the one place where their signatures are written.
 
 `setup.py` turns this table into the header that `csrc/schemas.cpp` registers, so that the compiled
-library and Python can never disagree; where the library is not built, `eamnet_kernels.ops` registers
-the same strings. This file imports nothing, because `setup.py` executes it on its own.
+library and Python can never disagree; where the library is not built, `eamnet_kernels.ops`
+registers the same strings. This file imports nothing, because `setup.py` executes it on its own.
 
 Conventions
 - `B` batch, `C` channels, `H`, `W` picture, `N = H*W` pixels, `h` heads, `d` channels of a head,

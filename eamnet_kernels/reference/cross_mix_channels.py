@@ -1,13 +1,14 @@
 """CMAM's cross mix with the channels of a head as tokens, residual included; linear in the pixels.
 
-With `X_s = g_s X` and `X_c = g_c X`, and the rows of every Q and K divided by their L2 norm over the
-pixels: `SA = softmax(t_0 Q_s K_c^T) V_c`, `CA = softmax(t_1 Q_c K_s^T) V_s`, result
-`X + W_o (SA + CA)`. Source: EAM-Net (arXiv:2512.07275), equations 1-5; normalised rows and learned
+With `X_s = g_s X` and `X_c = g_c X`, and the rows of every Q and K divided by their L2 norm over
+the pixels: `SA = softmax(t_0 Q_s K_c^T) V_c`, `CA = softmax(t_1 Q_c K_s^T) V_s`, result `X + W_o
+(SA + CA)`. Source: EAM-Net (arXiv:2512.07275), equations 1-5; normalised rows and learned
 temperature as in XCiT (arXiv:2106.09681).
 
-The folded form never makes Q, K or V: scores and norms are quadratic forms in the three Gram matrices
-`G_p = X diag(g_s^p) X^T`, and the result is `X + A_1 X + A_2 (g_s X)` with two C x C matrices per
-sample. `mixing_matrices` is that algebra between the two passes over X, shared by all backends.
+The folded form never makes Q, K or V: scores and norms are quadratic forms in the three Gram
+matrices `G_p = X diag(g_s^p) X^T`, and the result is `X + A_1 X + A_2 (g_s X)` with two C x C
+matrices per sample. `mixing_matrices` is that algebra between the two passes over X, shared by all
+backends.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def direct(
     temperature: Tensor,
 ) -> Tensor:
     """x (B,C,H,W), gates (B,1,H,W) and (B,C), weights (3C,C), (3C,C), (C,C), temperature (2,h)."""
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     heads = temperature.shape[1]
 
     def projections(gated: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -167,7 +168,7 @@ def mixing_matrices(
     w_out: Tensor,
     temperature: Tensor,
 ) -> Tensor:
-    """The per-sample matrices of `X + A_1 X + A_2 (g_s X)`, stacked (2,B,C,C), from the grams (3,B,C,C).
+    """The per-sample matrices of `X + A_1 X + A_2 (g_s X)`, stacked: grams (3,B,C,C) -> (2,B,C,C).
 
     All in the dtype of `grams`, to which the other arguments are converted.
     """

@@ -1,7 +1,8 @@
 """Two attentions over pixels that exchange their keys and values, added: CMAM's cross mix.
 
 `SA = softmax(Q_s K_c^T) V_c`, `CA = softmax(Q_c K_s^T) V_s`, result `SA + CA`; Q_s, K_s and V_s are
-first multiplied by the spatial gate of their pixel. Source: EAM-Net (arXiv:2512.07275), equations 1-5.
+first multiplied by the spatial gate of their pixel. Source: EAM-Net (arXiv:2512.07275), equations
+1-5.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def direct(
     spatial_gate: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Six (B,h,N,d), gate (B,N) or None -> (B,h,N,d), with both N x N score matrices written out."""
+    """Six (B,h,N,d), gate (B,N) or None -> (B,h,N,d); both N x N score matrices are written out."""
     q_s, k_s, v_s = _gated((q_s, k_s, v_s), spatial_gate)
     spatial = torch.softmax(q_s @ k_c.transpose(-1, -2) * scale, -1) @ v_c
     channel = torch.softmax(q_c @ k_s.transpose(-1, -2) * scale, -1) @ v_s
@@ -119,12 +120,11 @@ def backward(
     spatial, channel = branches.to(accumulate)
     grad_q_s, grad_k_c, grad_v_c = _attention_backward(grad, q_s, k_c, v_c, spatial, lse[0], scale)
     grad_q_c, grad_k_s, grad_v_s = _attention_backward(grad, q_c, k_s, v_s, channel, lse[1], scale)
-    grads_s = (grad_q_s, grad_k_s, grad_v_s)
+    grads_s: tuple[Tensor, ...] = (grad_q_s, grad_k_s, grad_v_s)
     grad_gate = grad_out.new_empty(0)
     if spatial_gate is not None:
-        grad_gate = sum((g * t).sum((1, 3)) for g, t in zip(grads_s, ungated, strict=True)).to(
-            spatial_gate.dtype
-        )  # type: ignore[union-attr]
-        grads_s = _gated(grads_s, spatial_gate)  # type: ignore[assignment]
+        gate_terms = [(g * t).sum((1, 3)) for g, t in zip(grads_s, ungated, strict=True)]
+        grad_gate = torch.stack(gate_terms).sum(0).to(spatial_gate.dtype)
+        grads_s = _gated(grads_s, spatial_gate)
     grads = (*grads_s, grad_q_c, grad_k_c, grad_v_c)
     return (*(g.to(dtype).contiguous() for g in grads), grad_gate)

@@ -3,8 +3,9 @@
 Source: EANet (Guo et al., arXiv:2105.02358), section 3: softmax over the pixels of each slot, then
 division by the sum over slots; channel selection: EAM-Net (arXiv:2512.07275), section II.D.
 
-`memory_key` is `M_k W_in`: a bias before it cancels in the softmax over pixels. The folded form never
-writes F = M_v^T A for the output: that is one C x S matrix per sample, W_out diag(kept) M_v^T, times A.
+`memory_key` is `M_k W_in`: a bias before it cancels in the softmax over pixels. The folded form
+never writes F = M_v^T A for the output: that is one C x S matrix per sample, W_out diag(kept)
+M_v^T, times A.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def can_run(arguments: Arguments) -> str | None:
 
 
 def kept_channels(scores: Tensor, top_k: int) -> Tensor:
-    """scores (B,C) -> mask (B,C) of the `top_k` largest; ties go to the lower index, NaN is largest."""
+    """scores (B,C) -> mask (B,C) of the `top_k` largest; ties go to the lower index, NaN is
+    largest.
+    """
     order = scores.sort(dim=1, descending=True, stable=True).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :top_k], True)
 
