@@ -250,7 +250,13 @@ class BuildNative(build_ext):
         write_if_changed(build / "eamnet_schemas.inc", definitions)
         write_if_changed(build / "build.ninja", ninja_file(build, cxx, torch, extra))
         command = [ninja(), "-C", str(build), "-j", str(jobs())]
-        if subprocess.run(command, check=False).returncode != 0:
+        import fcntl  # not on Windows, where this file runs as well but nothing is compiled
+
+        with (build / "lock").open("w") as lock:
+            # Ninja does not expect another ninja in its folder.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            returned = subprocess.run(command, check=False).returncode
+        if returned != 0:
             fail(
                 f"The compiler's messages stand above ({cxx_version}, torch {torch_version}).",
                 "If it ran out of memory, try MAX_JOBS=1.",
@@ -300,10 +306,8 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", platform_tag
 
 
-if native_wanted():
+if __name__ == "__main__":
     setup(
-        ext_modules=[Extension(f"{PACKAGE}._C", sources=[])],
+        ext_modules=[Extension(f"{PACKAGE}._C", sources=[])] if native_wanted() else [],
         cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     )
-else:
-    setup(cmdclass={"bdist_wheel": PlatformWheel})
