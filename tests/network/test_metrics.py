@@ -112,6 +112,15 @@ def test_a_hand_worked_picture() -> None:
     assert math.isnan(row.hd95)
 
 
+def test_the_jaccard_threshold_itself_passes() -> None:
+    truth = np.ones((1, 20), bool)
+    for pixels, expected in ((13, 0.65), (12, 0.0)):
+        prediction = np.arange(20)[None] < pixels
+        (row,) = image_metrics("a", truth, prediction, resolution="native")
+        assert row.threshold_jaccard == expected
+        assert isic_row(truth, prediction)["threshold_jaccard"] == expected
+
+
 def isic_row(truth: Mask, prediction: Mask) -> dict[str, float]:
     confusion = pytest.importorskip("isic_challenge_scoring.confusion")
     scorer = pytest.importorskip("isic_challenge_scoring.metrics")
