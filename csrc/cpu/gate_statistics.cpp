@@ -239,6 +239,8 @@ void add_pixels(
     Best<T> of_channel[pixels];
 #pragma GCC unroll 4
     for (int r = 0; r < pixels; ++r) {
+      // The order of these loads is not one that the processor prefetches; measured, half the time.
+      __builtin_prefetch(rows[r] + c + 2048 / sizeof(S));
       V value = load<T>(rows[r] + c, count);
       sums[r] += value;
       total += value;

@@ -8,6 +8,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 
@@ -55,11 +60,29 @@ inline FeatureMap feature_map(const Tensor& x, const char* name) {
   return map;
 }
 
-inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype, bool channels_last = false) {
+// Asks for huge pages behind a large new tensor. From 32 MiB on (glibc's limit) its memory is mapped
+// anew for every call, and touching it page by page takes longer than most kernels: measured 11 ms for
+// 32 MiB in pages of 4 KiB, against a write that takes 1 ms. Where the system declines, nothing changes.
+inline void prefer_huge_pages([[maybe_unused]] const Tensor& x) {
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t(2) << 20;
+  const auto bytes = static_cast<uintptr_t>(x.numel()) * x.element_size();
+  if (bytes < 16 * huge) return;
+  const auto address = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t begin = (address + huge - 1) / huge * huge, end = (address + bytes) / huge * huge;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// An uninitialised output.
+inline Tensor new_tensor(
+    std::initializer_list<int64_t> sizes, ScalarType dtype, bool channels_last = false) {
   using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(
+  Tensor out = torch::stable::empty(
       sizes, dtype, std::nullopt, std::nullopt, std::nullopt,
       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  prefer_huge_pages(out);
+  return out;
 }
 
 // For small operands (gates, weights, gradients of statistics): contiguous and of the given sizes.
