@@ -237,7 +237,7 @@ def multi_dilation_conv(
         w_branches: n weights, each dense (c,c,3,3) or depthwise (c,1,3,3), all of one kind.
         w_point: (C,C).
         bias: (C) or None, of the 1x1 convolution.
-        dilations: n numbers of at least 1; they may be larger than the picture.
+        dilations: n >= 1 numbers of at least 1; they may be larger than the picture.
         activation: "relu", "silu" or "identity", after each branch.
 
     Returns:
@@ -250,8 +250,8 @@ def multi_dilation_conv(
     count, channels = len(dilations), x.shape[1]
     if len(w_branches) != count:
         raise ValueError(f"w_branches has {len(w_branches)} weights for {count} dilations")
-    if min(dilations, default=1) < 1:
-        raise ValueError(f"dilations are {dilations}; accepted: numbers of at least 1")
+    if min(dilations, default=0) < 1:
+        raise ValueError(f"dilations are {dilations}; accepted: one or more numbers, at least 1")
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation is {activation!r}; accepted: {', '.join(map(repr, ACTIVATIONS))}"

@@ -32,6 +32,8 @@ class MRCF(nn.Module):
     ) -> None:
         super().__init__()
         self.dilations = tuple(dilations)
+        if min(self.dilations, default=0) < 1:
+            raise ValueError(f"dilations={self.dilations}; accepted: one or more, at least 1 each")
         if channels % (len(self.dilations) + 1):
             raise ValueError(
                 f"channels={channels} do not divide into {len(self.dilations) + 1} equal groups "

@@ -44,7 +44,8 @@ def direct(
     heads = temperature.shape[1]
 
     def projections(gated: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        stacked = (weight @ gated.flatten(2)).view(batch, 3, heads, channels // heads, -1)
+        stacked = weight @ gated.flatten(2)
+        stacked = stacked.view(batch, 3, heads, channels // heads, stacked.shape[2])
         return stacked.unbind(1)
 
     q_s, k_s, v_s = projections(spatial_gate * x, w_spatial)
@@ -55,7 +56,7 @@ def direct(
         return torch.softmax(t[:, None, None].to(scores.dtype) * scores, -1) @ v
 
     mixed = attend(q_s, k_c, v_c, temperature[0]) + attend(q_c, k_s, v_s, temperature[1])
-    return x + (w_out @ mixed.reshape(batch, channels, -1)).view_as(x)
+    return x + (w_out @ mixed.flatten(1, 2)).view_as(x)
 
 
 class _Mix(NamedTuple):
@@ -221,6 +222,24 @@ def mixing_matrices_backward(
     )
 
 
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What the sums are made in: float32, or float64 for float64 and for few pixels.
+
+    Quadratic forms square the condition number of X. With fewer pixels than about twice the channels
+    (where there is nothing to gain from folding anyway) the Gram matrices are singular or nearly so,
+    and float32 lost 3 digits against the direct form at one pixel.
+    """
+    few = x.shape[2] * x.shape[3] < 2 * x.shape[1]
+    return torch.float64 if few else accumulation_dtype(x.dtype)
+
+
+def gated_grams(pixels: Tensor, gate: Tensor) -> Tensor:
+    """pixels (B,C,N), gate (B,1,N) -> the three Gram matrices (3,B,C,C)."""
+    gated = pixels * gate
+    transposed = pixels.transpose(1, 2)
+    return torch.stack((pixels @ transposed, gated @ transposed, gated @ gated.transpose(1, 2)))
+
+
 def forward(
     x: Tensor,
     spatial_gate: Tensor,
@@ -230,13 +249,12 @@ def forward(
     w_out: Tensor,
     temperature: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    pixels = x.flatten(2).to(accumulation_dtype(x.dtype))
-    gated = pixels * spatial_gate.flatten(2)
-    transposed = pixels.transpose(1, 2)
-    grams = torch.stack((pixels @ transposed, gated @ transposed, gated @ gated.transpose(1, 2)))
+    dtype = working_dtype(x)
+    pixels, gate = x.flatten(2).to(dtype), spatial_gate.flatten(2).to(dtype)
+    grams = gated_grams(pixels, gate)
     a_1, a_2 = mixing_matrices(grams, channel_gate, w_spatial, w_channel, w_out, temperature)
-    out = (pixels + a_1 @ pixels + a_2 @ gated).to(x.dtype).view(x.shape)
-    return out.contiguous(memory_format=memory_format(x)), grams
+    out = (pixels + a_1 @ pixels + gate * (a_2 @ pixels)).to(x.dtype).view(x.shape)
+    return out.contiguous(memory_format=memory_format(x)), grams.to(accumulation_dtype(x.dtype))
 
 
 def backward(
@@ -250,9 +268,11 @@ def backward(
     temperature: Tensor,
     grams: Tensor,
 ) -> tuple[Tensor, ...]:
-    pixels = x.flatten(2).to(grams.dtype)
-    grad = grad_out.flatten(2).to(grams.dtype)
-    gate = spatial_gate.flatten(2).to(grams.dtype)
+    dtype = working_dtype(x)
+    pixels, grad = x.flatten(2).to(dtype), grad_out.flatten(2).to(dtype)
+    gate = spatial_gate.flatten(2).to(dtype)
+    if dtype != grams.dtype:
+        grams = gated_grams(pixels, gate)
     weights = (channel_gate, w_spatial, w_channel, w_out, temperature)
     transposed = pixels.transpose(1, 2)
     grad_matrices = torch.stack((grad @ transposed, (grad * gate) @ transposed))

@@ -43,6 +43,15 @@ def direct(
     return (w_out @ features).view_as(x)
 
 
+def slot_normalizers(pixels: Tensor, key: Tensor) -> Tensor:
+    """The log-sum-exp over the pixels of each slot, (B,S); NaN where a logit is infinite.
+
+    There a softmax is NaN for all pixels; `logsumexp` would say inf, and `exp(x - inf)` hide it.
+    """
+    lse = torch.logsumexp(key @ pixels, -1)
+    return torch.where(lse == torch.inf, torch.nan, lse)
+
+
 def _slot_weights(pixels: Tensor, key: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """The softmax over pixels (B,S,N), and one plus-epsilon sum over slots (B,1,N)."""
     weights = torch.exp(key @ pixels - lse.unsqueeze(2))
@@ -55,7 +64,7 @@ def forward(
     dtype = accumulation_dtype(x.dtype)
     pixels = x.flatten(2).to(dtype)
     key, value = memory_key.to(dtype), memory_value.to(dtype)
-    lse = torch.logsumexp(key @ pixels, -1)
+    lse = slot_normalizers(pixels, key)
     weights, total = _slot_weights(pixels, key, lse)
     attention = weights / total
     kept = kept_channels((value.t() @ attention).abs().sum(2), top_k)
