@@ -36,6 +36,14 @@ STABLE_TORCH_LIBRARY(eamnet_kernels_native, m) {
   m.def(
       "cross_mix_channels_apply_backward(Tensor grad_out, Tensor x, Tensor spatial_gate,"
       " Tensor matrices, Tensor doubled, bool channels_last) -> (Tensor, Tensor)");
+  m.def(
+      "multi_dilation_conv(Tensor x, Tensor[] w_branches, Tensor w_point, Tensor? bias,"
+      " int[] dilations, str activation, bool save_for_backward, bool channels_last)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "multi_dilation_conv_backward(Tensor grad_out, Tensor x, Tensor[] w_branches, Tensor w_point,"
+      " bool has_bias, int[] dilations, str activation, Tensor preactivation, bool channels_last)"
+      " -> (Tensor, Tensor[], Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(eamnet_kernels_native, CompositeExplicitAutograd, m) {

@@ -87,7 +87,12 @@ def register(backend: Backend) -> None:
 
 
 register(
-    Backend("cpu", "C++ with run-time SIMD dispatch", _native_unavailable, ("gate_statistics",))
+    Backend(
+        "cpu",
+        "C++ with run-time SIMD dispatch",
+        _native_unavailable,
+        ("gate_statistics", "multi_dilation_conv"),
+    )
 )
 register(Backend("reference", "plain PyTorch, any device and dtype", lambda: None))
 

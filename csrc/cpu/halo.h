@@ -116,15 +116,16 @@ inline void load_halo(
     }
     for (int64_t band = 0; band * band_columns < halo.row_stride; ++band) {
       const int64_t begin = tile.x + (band - 1) * d, start = at + band * band_columns;
-      const int64_t from = std::clamp<int64_t>(begin, 0, width);
-      const int64_t to = std::clamp<int64_t>(begin + band_columns, from, width);
-      const int64_t before = std::min(from - begin, band_columns);
+      const int64_t before = std::clamp<int64_t>(-begin, 0, band_columns);
+      const int64_t inside = std::max<int64_t>(0, std::min(begin + band_columns, width) - begin - before);
       fill_zero(start, before);
       // Writes zeros up to the next whole vector; what follows in the panel is written after it.
-      if (to > from) {
-        load_panel<S>(x, tile.batch, y * width + from, to - from, panel + start + before, halo.channel_stride);
+      if (inside > 0) {
+        load_panel<S>(
+            x, tile.batch, y * width + begin + before, inside, panel + start + before,
+            halo.channel_stride);
       }
-      fill_zero(start + before + to - from, band_columns - before - (to - from));
+      fill_zero(start + before + inside, band_columns - before - inside);
     }
   }
 }

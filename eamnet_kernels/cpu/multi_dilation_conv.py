@@ -1,0 +1,63 @@
+"""`multi_dilation_conv` in C++: `csrc/cpu/multi_dilation_conv.cpp`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eamnet_kernels.backends import Arguments
+from eamnet_kernels.cpu import pixels_in_sequence, refuses
+from eamnet_kernels.ops.layout import is_channels_last
+
+
+def can_run(arguments: Arguments) -> str | None:
+    """None, or why these arguments of the forward or the backward are not for this backend."""
+    return refuses(arguments["x"])
+
+
+def forward(
+    x: Tensor,
+    w_branches: Sequence[Tensor],
+    w_point: Tensor,
+    bias: Tensor | None,
+    dilations: Sequence[int],
+    activation: str,
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result and, where asked for, the branches before the activation; both as `x` lies."""
+    return torch.ops.eamnet_kernels_native.multi_dilation_conv(  # type: ignore[no-any-return]
+        pixels_in_sequence(x),
+        [w.contiguous() for w in w_branches],
+        w_point.contiguous(),
+        None if bias is None else bias.contiguous(),
+        dilations,
+        activation,
+        save_for_backward,
+        is_channels_last(x),
+    )
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    w_branches: Sequence[Tensor],
+    w_point: Tensor,
+    has_bias: bool,
+    dilations: Sequence[int],
+    activation: str,
+    preactivation: Tensor,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """The gradients of x (as `x` lies), the branches' weights, the 1x1's weight and its bias."""
+    return torch.ops.eamnet_kernels_native.multi_dilation_conv_backward(  # type: ignore[no-any-return]
+        pixels_in_sequence(grad_out),
+        pixels_in_sequence(x),
+        [w.contiguous() for w in w_branches],
+        w_point.contiguous(),
+        has_bias,
+        dilations,
+        activation,
+        pixels_in_sequence(preactivation),
+        is_channels_last(x),
+    )
