@@ -225,9 +225,9 @@ def mixing_matrices_backward(
 def working_dtype(x: Tensor) -> torch.dtype:
     """What the sums are made in: float32, or float64 for float64 and for few pixels.
 
-    Quadratic forms square the condition number of X. With fewer pixels than about twice the channels
-    (where there is nothing to gain from folding anyway) the Gram matrices are singular or nearly so,
-    and float32 lost 3 digits against the direct form at one pixel.
+    Quadratic forms square the condition number of X. With fewer pixels than about twice the
+    channels (where folding gains nothing anyway) the Gram matrices are singular or nearly so, and
+    float32 lost 3 digits against the direct form at one pixel.
     """
     few = x.shape[2] * x.shape[3] < 2 * x.shape[1]
     return torch.float64 if few else accumulation_dtype(x.dtype)

@@ -1,7 +1,7 @@
 """What the conformance suite knows of each operator: cases, inputs, and the definition to obey.
 
-A new operator is an entry of `OPERATORS`; a new backend needs nothing here: `backends.names()` lists
-it, and its own `can_run` says which cases it is held to. A bug found becomes a case.
+A new operator is an entry of `OPERATORS`; a new backend needs nothing here: `backends.names()`
+lists it, and its own `can_run` says which cases it is held to. A bug found becomes a case.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _shape(case: dict[str, Any]) -> tuple[int, int, int, int]:
     return case["shape"]
 
 
-# Sizes: odd ones, one pixel, one channel, empty batch, channels that fill no vector, rows longer than
-# any tile of pixels, and one that takes several tiles in each direction.
+# Sizes: odd ones, one pixel, one channel, empty batch, channels that fill no vector, rows longer
+# than any tile of pixels, and one that takes several tiles in each direction.
 _SHAPES = {
     "odd": (2, 8, 5, 7),
     "one-pixel": (3, 16, 1, 1),
@@ -62,7 +62,7 @@ _SHAPES = {
 }
 
 
-# ------------------------------------------------------------------------------------ gate_statistics
+# ---- gate_statistics
 def _ties(case: dict[str, Any], randn: Callable[..., Tensor]) -> Inputs:
     x = randn(*_shape(case))
     if case.get("ties"):
@@ -85,7 +85,7 @@ GATE_STATISTICS = Operator(
 )
 
 
-# ----------------------------------------------------------------------------------- cross_mix_pixels
+# ---- cross_mix_pixels
 _TOKENS = ("q_s", "k_s", "v_s", "q_c", "k_c", "v_c")
 
 
@@ -123,7 +123,7 @@ CROSS_MIX_PIXELS = Operator(
 )
 
 
-# --------------------------------------------------------------------------------- cross_mix_channels
+# ---- cross_mix_channels
 _CHANNEL_INPUTS = (
     "x",
     "spatial_gate",
@@ -162,7 +162,7 @@ CROSS_MIX_CHANNELS = Operator(
 )
 
 
-# ------------------------------------------------------------------------------------ external_memory
+# ---- external_memory
 _MEMORY_INPUTS = ("x", "memory_key", "memory_value", "w_out")
 
 
@@ -202,7 +202,7 @@ EXTERNAL_MEMORY = Operator(
 )
 
 
-# -------------------------------------------------------------------------------- multi_dilation_conv
+# ---- multi_dilation_conv
 def _conv(case: dict[str, Any], randn: Callable[..., Tensor]) -> Inputs:
     batch, channels, height, width = _shape(case)
     branches = len(case.get("dilations", (3, 5, 7)))

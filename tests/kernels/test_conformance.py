@@ -5,8 +5,9 @@ kernel does not write fails the comparison.
 
 The bound on errors is relative to what plain PyTorch does: against the definition in float64, the
 largest error is at most 2 times (gradients: 3 times) that of the definition in the same dtype, plus
-one rounding of the largest value (of any gradient, for one that cancels to nothing). In float64, where the definition is itself the truth, the bound is
-the textbook one for a sum of n terms, n roundings of the largest value.
+one rounding of the largest value (of any gradient, for one that cancels to nothing). In float64,
+where the definition is itself the truth, the bound is the textbook one for a sum of n terms, n
+roundings of the largest value.
 """
 
 from __future__ import annotations
@@ -277,7 +278,7 @@ def test_repeatable_whatever_the_number_of_threads(
     inputs = draw(operator, case, dtype)
     require(backend, operator, inputs, case)
     threads = torch.get_num_threads()
-    # Plain PyTorch promises the same bits for the same number of threads; the compiled kernels for any.
+    # Plain PyTorch promises the same bits for the same number of threads; compiled kernels for any.
     counts = (threads, threads) if backend == "reference" else (1, 2, 2, 3)
     try:
         results = []
@@ -294,10 +295,9 @@ def test_repeatable_whatever_the_number_of_threads(
 
 @pytest.mark.parametrize(("operator", "case"), CASES)
 def test_gradcheck(operator: Operator, case: dict[str, Any], backend: str) -> None:
-    """First derivatives against finite differences; second ones on the first case of an operator."""
-    if max(case.get("shape", case.get("tokens"))) > 40 or 0 in case.get(
-        "shape", case.get("tokens")
-    ):
+    """First derivatives against finite differences; second ones on an operator's first case."""
+    shape = case.get("shape", case.get("tokens"))
+    if max(shape) > 40 or 0 in shape:
         pytest.skip("finite differences are for small cases")
     if case.get("ties"):
         pytest.skip("a maximum has no derivative at a tie")

@@ -1,0 +1,143 @@
+"""Bad arguments get an error that names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import eamnet_kernels.functional as F
+
+X = torch.randn(2, 8, 4, 5)
+TOKENS = [torch.randn(2, 2, 6, 4) for _ in range(6)]
+BRANCHES = [torch.randn(2, 2, 3, 3) for _ in range(3)]
+POINT = torch.randn(8, 8)
+
+
+def channels(**changes: Any) -> Any:
+    arguments = {
+        "x": X,
+        "spatial_gate": torch.rand(2, 1, 4, 5),
+        "channel_gate": torch.rand(2, 8),
+        "w_spatial": torch.randn(24, 8),
+        "w_channel": torch.randn(24, 8),
+        "w_out": POINT,
+        "temperature": torch.ones(2, 2),
+    }
+    return F.cross_mix_channels(**{**arguments, **changes})
+
+
+def memory(**changes: Any) -> Any:
+    key = torch.randn(5, 8)
+    return F.external_memory(
+        **{"x": X, "memory_key": key, "memory_value": key, "w_out": POINT, "top_k": 4, **changes}
+    )
+
+
+def conv(**changes: Any) -> Any:
+    return F.multi_dilation_conv(**{"x": X, "w_branches": BRANCHES, "w_point": POINT, **changes})
+
+
+BAD_CALLS = {
+    "x dims": (lambda: F.gate_statistics(X[0]), ValueError, r"x has shape \(8, 4, 5\).*B,C,H,W"),
+    "x type": (lambda: F.gate_statistics([1.0]), TypeError, "x is a list.*tensor"),
+    "x dtype": (lambda: F.gate_statistics(X.int()), TypeError, "x is torch.int32.*float32"),
+    "no pixels": (lambda: F.gate_statistics(X[..., :0]), ValueError, "at least one.*pixel"),
+    "no channels": (lambda: F.gate_statistics(X[:, :0]), ValueError, "at least one channel"),
+    "token shape": (
+        lambda: F.cross_mix_pixels(*TOKENS[:5], TOKENS[5][:, :, 1:]),
+        ValueError,
+        "v_c has shape .*accepted: that of q_s",
+    ),
+    "gate shape": (
+        lambda: F.cross_mix_pixels(*TOKENS, torch.rand(2, 7)),
+        ValueError,
+        r"spatial_gate has shape \(2, 7\).*\(2, 6\)",
+    ),
+    "no tokens": (
+        lambda: F.cross_mix_pixels(*(t[:, :, :0] for t in TOKENS)),
+        ValueError,
+        "N and d must be at least 1",
+    ),
+    "mixed dtypes": (
+        lambda: F.cross_mix_pixels(*TOKENS[:5], TOKENS[5].double()),
+        TypeError,
+        "v_c is torch.float64, q_s is torch.float32",
+    ),
+    "spatial gate": (
+        lambda: channels(spatial_gate=torch.rand(2, 8, 4, 5)),
+        ValueError,
+        "spatial_gate has shape.*B,1,H,W",
+    ),
+    "projection": (lambda: channels(w_spatial=POINT), ValueError, "w_spatial has shape.*3C,C"),
+    "heads": (
+        lambda: channels(temperature=torch.ones(2, 3)),
+        ValueError,
+        "temperature has shape.*dividing the 8 channels",
+    ),
+    "temperature dtype": (
+        lambda: channels(temperature=torch.ones(2, 2).double()),
+        TypeError,
+        "temperature is torch.float64",
+    ),
+    "no slots": (
+        lambda: memory(memory_key=torch.rand(0, 8)),
+        ValueError,
+        "memory_key has no slots",
+    ),
+    "slots differ": (
+        lambda: memory(memory_value=torch.rand(4, 8)),
+        ValueError,
+        r"memory_value has shape \(4, 8\).*\(5, 8\)",
+    ),
+    "top_k": (lambda: memory(top_k=9), ValueError, "top_k is 9; accepted: 1 to the 8"),
+    "top_k zero": (lambda: memory(top_k=0), ValueError, "top_k is 0"),
+    "branches": (
+        lambda: conv(w_branches=BRANCHES[:2]),
+        ValueError,
+        "w_branches has 2 weights for 3 dilations",
+    ),
+    "dilations": (lambda: conv(dilations=(0, 1, 2)), ValueError, "at least 1"),
+    "no dilations": (lambda: conv(w_branches=[], dilations=()), ValueError, "one or more"),
+    "activation": (lambda: conv(activation="tanh"), ValueError, "'tanh'; accepted: 'relu'"),
+    "groups": (
+        lambda: conv(x=torch.randn(2, 10, 4, 5)),
+        ValueError,
+        "10 channels, which do not divide into 4 equal groups",
+    ),
+    "branch shape": (
+        lambda: conv(w_branches=[torch.randn(2, 2, 5, 5)] * 3),
+        ValueError,
+        r"w_branches\[0\] has shape",
+    ),
+    "branch kinds": (
+        lambda: conv(w_branches=[BRANCHES[0], BRANCHES[1][:, :1], BRANCHES[2]]),
+        ValueError,
+        r"w_branches\[1\] differs",
+    ),
+    "bias": (lambda: conv(bias=torch.zeros(4)), ValueError, r"bias has shape \(4,\)"),
+    "device": (
+        lambda: memory(w_out=POINT.to("meta")),
+        ValueError,
+        "w_out is on meta, x is on cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_good_arguments_pass() -> None:
+    channels()
+    memory()
+    conv()
+
+
+def test_statistics_are_named() -> None:
+    statistics = F.gate_statistics(X)
+    torch.testing.assert_close(statistics.pixel_mean, X.mean(1, keepdim=True))
+    torch.testing.assert_close(statistics.channel_max, X.amax((2, 3)))
