@@ -193,11 +193,17 @@ inline void gemm_columns(
 template <class T, class Left, class Right, class Sink>
 inline void gemm(int64_t M, int64_t N, int64_t K, const Left& left, const Right& right, Sink&& sink) {
   constexpr int width = Vec<T>::width;
-  int64_t j = 0;
-  for (; j + kColumnVectors * width <= N; j += kColumnVectors * width) {
-    detail::gemm_columns<T, kColumnVectors>(M, j, K, left, right, sink, AllLanes{});
+  int64_t j = 0, vectors = N / width;
+  if constexpr (kColumnVectors == 3) {
+    // Four vectors are better taken as two pairs than as three and one.
+    for (; vectors >= 3 && vectors != 4; vectors -= 3, j += 3 * width) {
+      detail::gemm_columns<T, 3>(M, j, K, left, right, sink, AllLanes{});
+    }
   }
-  for (; j + width <= N; j += width) {
+  for (; vectors >= 2; vectors -= 2, j += 2 * width) {
+    detail::gemm_columns<T, 2>(M, j, K, left, right, sink, AllLanes{});
+  }
+  for (; vectors > 0; --vectors, j += width) {
     detail::gemm_columns<T, 1>(M, j, K, left, right, sink, AllLanes{});
   }
   if (j < N) detail::gemm_columns<T, 1>(M, j, K, left, right, sink, N - j);

@@ -159,33 +159,42 @@ EAMNET_INLINE void convolve_depthwise(
   }
 }
 
-// sums[u][t] += sum over the tile of gz[m - t] x_u[m], for one channel of gz and `inputs` of x.
+// Adds sums of gz[m - t] x_u[m] over the tile to sums[u*9 + t], for one channel of gz and `inputs` of x.
 template <int inputs, class T>
 void correlate(
     const Tile& tile, const Halo<T>& halo, const T* gz, const int64_t* offset, const T* x,
-    int64_t x_stride, T* sums, int64_t sums_stride) {
-  Vec<T> acc[inputs][kTaps];
+    int64_t x_stride, T* sums) {
+  constexpr int width = Vec<T>::width, products = inputs * kTaps;
+  // Rows between additions to the total: rounding errors grow with the length of a chain of additions.
+  const int64_t run = ceil_div(64, ceil_div(tile.columns, width));
+  Vec<T> total[round_up(products, width)];
+  for (auto& t : total) t = Vec<T>(T(0));
+  for (int64_t begin = 0; begin < tile.rows; begin += run) {
+    Vec<T> acc[products];
+#pragma GCC unroll 32
+    for (int p = 0; p < products; ++p) acc[p] = Vec<T>(T(0));
+    for (int64_t r = begin; r < std::min(begin + run, tile.rows); ++r) {
+      for_vectors<T>(tile.columns, [&](int64_t j, auto count) __attribute__((always_inline)) {
+        const T* at = gz + r * halo.row_stride + j;
+        Vec<T> v[inputs];
 #pragma GCC unroll 4
-  for (int u = 0; u < inputs; ++u) {
+        for (int u = 0; u < inputs; ++u) v[u] = load<T>(x + u * x_stride + r * tile.columns + j, count);
 #pragma GCC unroll 9
-    for (int t = 0; t < kTaps; ++t) acc[u][t] = Vec<T>(T(0));
-  }
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    for_vectors<T>(tile.columns, [&](int64_t j, auto count) __attribute__((always_inline)) {
-      const T* at = gz + r * halo.row_stride + j;
-      Vec<T> v[inputs];
+        for (int t = 0; t < kTaps; ++t) {
+          const Vec<T> g = load<T>(at + offset[t], count);
 #pragma GCC unroll 4
-      for (int u = 0; u < inputs; ++u) v[u] = load<T>(x + u * x_stride + r * tile.columns + j, count);
-#pragma GCC unroll 9
-      for (int t = 0; t < kTaps; ++t) {
-        const Vec<T> g = load<T>(at + offset[t], count);
-#pragma GCC unroll 4
-        for (int u = 0; u < inputs; ++u) acc[u][t] = fma(g, v[u], acc[u][t]);
-      }
-    });
+          for (int u = 0; u < inputs; ++u) acc[u * kTaps + t] = fma(g, v[u], acc[u * kTaps + t]);
+        }
+      });
+    }
+#pragma GCC unroll 32
+    for (int p = 0; p < products; ++p) total[p] += acc[p];
   }
-  for (int u = 0; u < inputs; ++u) {
-    for (int t = 0; t < kTaps; ++t) sums[u * sums_stride + t] += sum(acc[u][t]);
+  for (int p = 0; p < products; p += width) {
+    Vec<T> block[width];
+    for (int q = 0; q < width; ++q) block[q] = total[p + q];
+    const int64_t count = std::min(width, products - p);
+    store(load<T>(sums + p, count) + sum_rows(block), sums + p, count);
   }
 }
 
@@ -435,7 +444,8 @@ void backward_branches(const MultiDilationConvBackward& a) {
     pack_left<T>(c, K, by_input.data(), K, 1, to);
   }
 
-  const Tiling tiling(a.height, a.width, tile_pixels(C));
+  // Twice the forward's: the tile holds two groups, not all channels.
+  const Tiling tiling(a.height, a.width, 2 * tile_pixels(C));
   const int64_t stride = panel_stride<T>(tiling.rows() * tiling.columns());
   const int64_t at_once = panel_channels<T>(a), weights = c * K;
   const int64_t tiles = a.x.batch * tiling.per_sample();
@@ -478,7 +488,7 @@ void backward_branches(const MultiDilationConvBackward& a) {
                 [&](int64_t r, int64_t j, auto y, auto count) __attribute__((always_inline)) {
                   finish(q, r, j, y, count);
                 });
-            correlate<1>(tile, halo, gz, offset, x + q * stride, stride, grad_w + (k + q) * kTaps, kTaps);
+            correlate<1>(tile, halo, gz, offset, x + q * stride, stride, grad_w + (k + q) * kTaps);
           }
         } else {
           convolve_dense(c, K, tile, halo, PackedLeft<T>{w, K}, panel, offset, finish);
@@ -487,10 +497,10 @@ void backward_branches(const MultiDilationConvBackward& a) {
             T* sums = grad_w + o * K;
             int64_t q = 0;
             for (; q + kInputs <= c; q += kInputs) {
-              correlate<kInputs>(tile, halo, gz, offset, x + q * stride, stride, sums + q * kTaps, kTaps);
+              correlate<kInputs>(tile, halo, gz, offset, x + q * stride, stride, sums + q * kTaps);
             }
             for (; q < c; ++q) {
-              correlate<1>(tile, halo, gz, offset, x + q * stride, stride, sums + q * kTaps, kTaps);
+              correlate<1>(tile, halo, gz, offset, x + q * stride, stride, sums + q * kTaps);
             }
           }
         }
