@@ -316,8 +316,6 @@ class SegmentationData(L.LightningDataModule):
         sampler = EpochSampler(
             dataset.ids, seed=self.seed, shuffle=True, num_replicas=replicas, rank=rank
         )
-        if self.trainer is not None:
-            sampler.set_epoch(self.trainer.current_epoch)
         return ResumableLoader(
             dataset,
             sampler=sampler,
