@@ -15,9 +15,16 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["AtomicCheckpointIO", "check_whole", "last_whole_checkpoint", "load_checkpoint"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "MovableCheckpoint",
+    "check_whole",
+    "last_whole_checkpoint",
+    "load_checkpoint",
+]
 
 
 def check_whole(path: str | Path) -> None:
@@ -88,6 +95,27 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
     if reasons:
         raise ValueError("no whole checkpoint to resume from: " + "; ".join(reasons))
     return None
+
+
+class MovableCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint`` for a run folder that may be moved or copied.
+
+    Lightning's own forgets the best score when it is resumed elsewhere, and then takes the first
+    epoch that follows for the best.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint, with its paths brought into this run's folder."""
+        old, new = state_dict["dirpath"], self.dirpath
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {moved(k): v for k, v in value.items()}
+            if isinstance(value, str) and value.startswith(old):
+                return f"{new}{value.removeprefix(old)}"
+            return value
+
+        super().load_state_dict({name: moved(value) for name, value in state_dict.items()})
 
 
 class AtomicCheckpointIO(CheckpointIO):

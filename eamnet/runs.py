@@ -28,13 +28,14 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from eamnet.checkpoints import (
     AtomicCheckpointIO,
+    MovableCheckpoint,
     check_whole,
     last_whole_checkpoint,
     load_checkpoint,
@@ -265,13 +266,13 @@ class _RunCLI(LightningCLI):
 
     def _checkpoint_callbacks(self) -> list[Callback]:
         folder = self.run_dir / "checkpoints"
-        best = ModelCheckpoint(
+        best = MovableCheckpoint(
             folder, "best", monitor="val_dice", mode="max", enable_version_counter=False
         )
         # Whole epochs only, so that a resumed run sees each picture as often as an unbroken one;
         # two of them, so that one is left should the disk damage the other. After `best`, so that
         # they hold its state.
-        last = ModelCheckpoint(
+        last = MovableCheckpoint(
             folder,
             "last-{epoch:04d}",
             monitor="epoch",
@@ -333,7 +334,7 @@ class _RunRecord(Callback):
         config.ckpt_path = None
         if self.cli.own_split:
             config.data.split = None
-        text = self.cli.parser.dump(config, skip_none=False)
+        text = self.cli.parser.dump(config, skip_unset=False)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(text)
         (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
