@@ -122,6 +122,13 @@ void store_tile(const FeatureMap& x, const Tiling& tiling, const Tile& tile, con
   });
 }
 
+// A block of pixels with their channels adjacent, in memory of a kernel's own.
+template <class T>
+FeatureMap pixel_major(T* data, int64_t channels, int64_t pixels) {
+  constexpr DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
+  return {data, dtype, 1, channels, pixels, 0, 1, round_up(channels, Vec<T>::width)};
+}
+
 // ------------------------------------------------------------------------------------ convolutions
 
 // sink(i, r, j, y, count) for the rows r of the tile and y[j] = sum_k A[i, k] panel[offset[k] + ...j],
@@ -195,6 +202,21 @@ void correlate(
     for (int q = 0; q < width; ++q) block[q] = total[p + q];
     const int64_t count = std::min(width, products - p);
     store(load<T>(sums + p, count) + sum_rows(block), sums + p, count);
+  }
+}
+
+// The same sums for all channels, as nine products over the pixels of a row: sums[(t*c + o)*c + i].
+// x holds the pixels of the tile with their channels adjacent. The fewer loads, given enough channels.
+template <class T>
+void correlate_gemm(
+    const Tile& tile, const Halo<T>& halo, const T* gz, const int64_t* offset, const FeatureMap& x, T* sums) {
+  const int64_t c = x.channels;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const Rows<T> pixels{x.at<T>(0, 0, r * tile.columns), x.pixel_stride};
+    for (int64_t t = 0; t < kTaps; ++t) {
+      const StridedLeft<T> shifted{gz + r * halo.row_stride + offset[t], halo.channel_stride, 1};
+      gemm<T>(c, c, tile.columns, shifted, pixels, add_to(sums + t * c * c, c));
+    }
   }
 }
 
@@ -332,13 +354,13 @@ void forward(const MultiDilationConvForward& a) {
 
 // -------------------------------------------------------------------------------------------- backward
 
-// to[i] = sum over `parts` consecutive partial results of `size` values, in their order.
-template <class S, class T>
-void sum_parts(const T* partials, int64_t parts, int64_t size, S* to) {
+// to[place(i)] = sum over `parts` consecutive partial results of value i of `size`, in their order.
+template <class S, class T, class Place>
+void sum_parts(const T* partials, int64_t parts, int64_t size, S* to, Place place) {
   for (int64_t i = 0; i < size; ++i) {
     double total = 0;
     for (int64_t p = 0; p < parts; ++p) total += partials[p * size + i];
-    to[i] = narrow<S>(static_cast<T>(total));
+    to[place(i)] = narrow<S>(static_cast<T>(total));
   }
 }
 
@@ -361,12 +383,15 @@ void backward_pointwise(const MultiDilationConvBackward& a) {
   const int64_t parts = parts_of(tiles, a.x.batch * N, C, C * C, 6), stride = panel_stride<T>(size);
   const bool channels_last = a.grad_x.channels_last();
   std::vector<T> point(parts * C * C, T(0)), bias(parts * C, T(0));
-  const size_t bytes = 2 * Scratch::bytes<T>(C * stride) + Scratch::bytes<T>(c * stride);
+  const size_t bytes = 2 * Scratch::bytes<T>(C * stride) + Scratch::bytes<T>(c * stride) +
+      Scratch::bytes<T>(size * round_up(C, Vec<T>::width));
+  constexpr int64_t kRun = 64;
 
   parallel_for(parts, bytes, [&](int64_t part, Scratch& scratch) {
     T* grad = scratch.take<T>(C * stride);
     T* mixed = scratch.take<T>(C * stride);   // [x0; z], then [x0; act(z)]
     T* turned = scratch.take<T>(c * stride);  // channels-last: grad_x of the first group
+    T* transposed_mixed = scratch.take<T>(size * round_up(C, Vec<T>::width));
     T* grad_point = point.data() + part * C * C;
     T* grad_bias = bias.data() + part * C;
     for (int64_t t = part * tiles / parts; t < (part + 1) * tiles / parts; ++t) {
@@ -396,9 +421,14 @@ void backward_pointwise(const MultiDilationConvBackward& a) {
           activate(a.activation, Vec<T>::load(row + j)).store(row + j);
         }
       }
-      gemm_transposed<T>(C, C, count, Rows<T>{grad, stride}, Rows<T>{mixed, stride}, [&](int64_t i, int64_t k, T y) {
-        grad_point[i * C + k] += y;
-      });
+      // g [x0; act(z)]^T, in runs of pixels: rounding errors grow with the length of a chain.
+      const FeatureMap by_pixel = pixel_major(transposed_mixed, C, size);
+      store_panel<T>(by_pixel, 0, 0, count, mixed, stride);
+      for (int64_t begin = 0; begin < count; begin += kRun) {
+        gemm<T>(
+            C, C, std::min(kRun, count - begin), StridedLeft<T>{grad + begin, stride, 1},
+            Rows<T>{by_pixel.at<T>(0, 0, begin), by_pixel.pixel_stride}, add_to(grad_point, C));
+      }
       for (int64_t i = 0; i < C && a.grad_bias; ++i) {
         // In runs, because rounding errors grow with the length of a chain of additions.
         constexpr int64_t run = 16 * Vec<T>::width;
@@ -415,8 +445,9 @@ void backward_pointwise(const MultiDilationConvBackward& a) {
       }
     }
   });
-  sum_parts(point.data(), parts, C * C, static_cast<S*>(a.grad_point));
-  if (a.grad_bias) sum_parts(bias.data(), parts, C, static_cast<S*>(a.grad_bias));
+  const auto in_order = [](int64_t i) { return i; };
+  sum_parts(point.data(), parts, C * C, static_cast<S*>(a.grad_point), in_order);
+  if (a.grad_bias) sum_parts(bias.data(), parts, C, static_cast<S*>(a.grad_bias), in_order);
 }
 
 // Rows of x that `correlate` takes at once: nine sums for each have to fit the registers.
@@ -452,9 +483,12 @@ void backward_branches(const MultiDilationConvBackward& a) {
   if (n == 0) return;
   const int64_t parts = parts_of(tiles, a.x.batch * a.x.pixels, C, n * weights, 8);
   const bool channels_last = a.grad_x.channels_last();
+  const bool by_gemm = !a.depthwise && c >= 2 * Vec<T>::width;
   std::vector<T> partials(n * parts * weights, T(0));
+  const int64_t pixels = tiling.rows() * tiling.columns();
   const size_t bytes = 2 * Scratch::bytes<T>(at_once * stride) +
-      Scratch::bytes<T>(panel_size<T>(a, tiling)) + Scratch::bytes<int64_t>(at_once * kTaps);
+      Scratch::bytes<T>(panel_size<T>(a, tiling)) + Scratch::bytes<int64_t>(at_once * kTaps) +
+      Scratch::bytes<T>(by_gemm ? pixels * round_up(c, Vec<T>::width) : 0);
 
   parallel_for(n * parts, bytes, [&](int64_t chunk, Scratch& scratch) {
     const int64_t i = chunk / parts, part = chunk % parts;
@@ -462,6 +496,7 @@ void backward_branches(const MultiDilationConvBackward& a) {
     T* turned = scratch.take<T>(at_once * stride);  // channels-last: grad_x
     T* panel = scratch.take<T>(panel_size<T>(a, tiling));
     int64_t* offset = scratch.take<int64_t>(at_once * kTaps);
+    T* transposed_x = by_gemm ? scratch.take<T>(pixels * round_up(c, Vec<T>::width)) : nullptr;
     const T* w = w_branches.data() + i * branch_size;
     T* grad_w = partials.data() + chunk * weights;
     for (int64_t t = part * tiles / parts; t < (part + 1) * tiles / parts; ++t) {
@@ -492,7 +527,12 @@ void backward_branches(const MultiDilationConvBackward& a) {
           }
         } else {
           convolve_dense(c, K, tile, halo, PackedLeft<T>{w, K}, panel, offset, finish);
-          for (int64_t o = 0; o < c; ++o) {
+          if (by_gemm) {
+            const FeatureMap by_pixel = pixel_major(transposed_x, c, pixels);
+            store_panel<T>(by_pixel, 0, 0, tile.pixels(), x, stride);
+            correlate_gemm(tile, halo, panel, offset, by_pixel, grad_w);
+          }
+          for (int64_t o = 0; o < c && !by_gemm; ++o) {
             const T* gz = panel + o * halo.channel_stride;
             T* sums = grad_w + o * K;
             int64_t q = 0;
@@ -509,7 +549,13 @@ void backward_branches(const MultiDilationConvBackward& a) {
     }
   });
   for (int64_t i = 0; i < n; ++i) {
-    sum_parts(partials.data() + i * parts * weights, parts, weights, static_cast<S*>(a.grad_branches[i]));
+    T* sums = partials.data() + i * parts * weights;
+    S* grad_w = static_cast<S*>(a.grad_branches[i]);
+    if (!by_gemm) {
+      sum_parts(sums, parts, weights, grad_w, [](int64_t k) { return k; });
+    } else {
+      sum_parts(sums, parts, weights, grad_w, [c](int64_t k) { return k % (c * c) * kTaps + k / (c * c); });
+    }
   }
 }
 
