@@ -119,7 +119,8 @@ class PictureStore:
             except (UnreadablePictureError, MaskError) as error:
                 return error
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
             results = tqdm(
                 pool.map(visit, records),
                 total=len(records),
@@ -132,13 +133,15 @@ class PictureStore:
             for record, result in zip(records, results, strict=True):
                 if isinstance(result, UnreadablePictureError):
                     if strict:
-                        pool.shutdown(cancel_futures=True)
                         raise result
                     findings.unreadable[record.id] = str(result)
                 elif isinstance(result, Exception):
                     unusable.append(str(result))
                 elif result:
                     findings.notes[record.id] = result
+        finally:
+            # After an error or Ctrl-C, without waiting for thousands that are still to come.
+            pool.shutdown(cancel_futures=True)
         if unusable:
             shown = "\n  ".join(unusable[:5])
             more = f"\n  and {len(unusable) - 5} more" if len(unusable) > 5 else ""

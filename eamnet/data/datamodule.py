@@ -18,6 +18,7 @@ from eamnet.data.isic import IsicSource
 from eamnet.data.ph2 import Ph2Source
 from eamnet.data.source import MaskFormat, Pixels, Source, shorten
 from eamnet.data.splits import (
+    PARTS,
     Split,
     external_split,
     kfold_split,
@@ -189,7 +190,7 @@ class SegmentationData(L.LightningDataModule):
                 f"{len(self.split.test)} test; hash {self.split.hash[:12]}"
             )
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        for part in wanted.get(stage or "", ("train", "val", "test")):
+        for part in wanted.get(stage or "", PARTS):
             self._fill(getattr(self.split, part))
 
     def _open_source(self, missing_masks: str) -> Source:
@@ -217,10 +218,24 @@ class SegmentationData(L.LightningDataModule):
         if self.split_file is not None and Path(self.split_file).exists():
             split = self._read_split(self.split_file)
             split.check(r.id for r in usable)
-            return split
-        split = self._draw_split(usable, exclude)
-        if self.split_file is not None:
-            split.write(self.split_file)
+        else:
+            split = self._draw_split(usable, exclude)
+            if self.split_file is not None:
+                split.write(self.split_file)
+        part_of = {i: part for part in PARTS for i in getattr(split, part)}
+        unused = sorted({r.id for r in usable} - set(part_of) - set(exclude))
+        if unused:
+            self.report.append(f"{len(unused)} pictures are in no part: {shorten(unused)}")
+        # Official parts and split files are taken as they are, leaks and all, but not in silence.
+        parts_of_group: dict[str, set[str]] = {}
+        for record in usable:
+            if record.group is not None and record.id in part_of:
+                parts_of_group.setdefault(record.group, set()).add(part_of[record.id])
+        for group, parts in sorted(parts_of_group.items()):
+            if len(parts) > 1:
+                self.report.append(
+                    f"leak: {group} is divided between {' and '.join(sorted(parts))}"
+                )
         return split
 
     def _read_split(self, path: str) -> Split:

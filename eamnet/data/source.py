@@ -247,6 +247,8 @@ def read_image(path: Path) -> Pixels:
     image = _open(path)
     if image.mode.startswith("I"):
         values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UnreadablePictureError(f"{path}: has values beyond 16 bits")
         scale = 257 if values.max() > 255 else 1
         image = Image.fromarray((values // scale).astype(np.uint8))
     elif image.mode == "F":
@@ -293,7 +295,10 @@ class FileSource(Source):
         stamps = []
         for path in (record.image, record.mask):
             if path is not None:
-                status = path.stat()
+                try:
+                    status = path.stat()
+                except OSError as error:  # such as a link to nowhere
+                    raise UnreadablePictureError(f"{path}: {error.strerror}") from error
                 stamps.append(f"{path.absolute()}:{status.st_size}:{status.st_mtime_ns}")
         return "/".join([*stamps, repr(self.masks)])
 

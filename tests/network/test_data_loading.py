@@ -319,6 +319,39 @@ def test_damaged_pictures_are_left_out_and_named_at_the_end(tmp_path):
         strict.setup()
 
 
+def test_links_to_nowhere_count_as_damaged(tmp_path):
+    root = make_folder(tmp_path, count=3)
+    (root / "images" / "p1.png").unlink()
+    (root / "images" / "p1.png").symlink_to(root / "gone.png")
+    source = FolderSource(root)
+    findings = PictureStore(source, 16, tmp_path / "cache").fill(source.records)
+    assert list(findings.unreadable) == ["p1"]
+
+
+def test_leaks_and_unused_pictures_are_reported(tmp_path):
+    make_isic(tmp_path, 2017, {"train": 3, "val": 2})
+    for part, name in (("train", "ISIC_0012970"), ("val", "ISIC_0012127")):
+        images, masks = (tmp_path / f for f in vars(LAYOUT[2017][part]).values())
+        Image.new("RGB", (24, 16)).save(images / f"{name}.jpg")
+        Image.new("L", (24, 16), 255).save(masks / f"{name}_segmentation.png")
+
+    def report(**options):
+        data = SegmentationData("isic2017", root=str(tmp_path), size=16, **options)
+        data.setup()
+        return "\n".join(data.report), data.split
+
+    text, split = report()
+    assert "ISIC_0012127 left out: validation picture that is also in the training part" in text
+    assert split.test == ("ISIC_0000003", "ISIC_0000004")
+    assert "leak" not in text
+    text, split = report(exclude=[])
+    assert "ISIC_0012127" in split.test
+    assert "leak: duplicates-ISIC_0012127 is divided between" in text
+    Split("isic2017", "mine", 0, ("ISIC_0000000",), ("ISIC_0000001",)).write(tmp_path / "s.json")
+    text, _ = report(split=str(tmp_path / "s.json"))
+    assert "4 pictures are in no part" in text
+
+
 def test_notes_and_damage_are_reported_from_a_warm_cache(tmp_path):
     root = make_folder(tmp_path / "data", count=10)
     Image.new("L", (40, 30), 90).save(root / "masks" / "p3.png")
