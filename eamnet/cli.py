@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "validate": Command("evaluate a run on its validation part", "eamnet.runs", "validate"),
     "test": Command("evaluate a run on its test part", "eamnet.runs", "test"),
     "predict": Command("segment picture files or folders", "eamnet.inference", "predict"),
+    "bench": Command("time the operators beside their rivals", "eamnet.benchmark", "bench"),
     "doctor": Command("show versions, backends and what cannot run", "eamnet.doctor", "doctor"),
     "demo": Command("short training on synthetic pictures, with report", "eamnet.demo", "demo"),
 }

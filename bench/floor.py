@@ -1,0 +1,129 @@
+"""The physical limit: fewest bytes over the copy bandwidth, fewest operations over the GEMM peak.
+
+Both ceilings are measured in the same run as what is compared with them. The counts assume that each
+input is read once and each output written once, whatever an implementation does; operations are
+floating-point operations of the folded algebra (docs/algebra.md), a multiply-add counting two.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine can do in one dtype: bytes per second (read plus written), flop per second."""
+
+    copy: float
+    gemm: float
+
+
+@dataclass(frozen=True)
+class Count:
+    """The fewest bytes and floating-point operations of one call."""
+
+    bytes: float
+    flop: float
+
+    def floor(self, ceilings: Ceilings) -> float:
+        """Seconds: whichever of the two takes longer."""
+        return max(self.bytes / ceilings.copy, self.flop / ceilings.gemm)
+
+
+def measure(dtype: torch.dtype, device: torch.device, repetitions: int = 7) -> Ceilings:
+    """Best of a few: a 256 MB copy, and a 2048 (CPU) or 8192 (GPU) cubed matrix product."""
+
+    def best(function: object, amount: float) -> float:
+        times = []
+        for _ in range(repetitions):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            function()  # type: ignore[operator]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+        return amount / min(times[2:])
+
+    source = torch.ones(64 * 1024 * 1024, device=device)
+    target = torch.empty_like(source)
+    copy = best(lambda: target.copy_(source), 2.0 * source.nbytes)
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    return Ceilings(copy, best(lambda: a @ b, 2.0 * size**3))
+
+
+def count(operator: str, case: dict[str, object], mode: str, itemsize: int) -> Count:
+    """The count of one operator call. `mode`: "forward", or "both" for forward and backward."""
+    forward, backward = _COUNTS[operator](case)
+    bytes_, flop = (
+        forward
+        if mode == "forward"
+        else tuple(f + b for f, b in zip(forward, backward, strict=True))
+    )
+    return Count(bytes_ * itemsize, flop)
+
+
+Pair = tuple[tuple[float, float], tuple[float, float]]
+"""((elements, flop) of the forward, (elements, flop) of the backward)."""
+
+
+def _map(case: dict[str, object]) -> tuple[int, int, int]:
+    batch, channels, height, width = case["shape"]  # type: ignore[misc]
+    return batch, channels, height * width
+
+
+def _gate_statistics(case: dict[str, object]) -> Pair:
+    b, c, n = _map(case)
+    # Forward: two sums and two comparisons per element. Backward: x is not read.
+    return (b * c * n + 2 * b * n, 4.0 * b * c * n), (b * c * n + 2 * b * n, 2.0 * b * c * n)
+
+
+def _cross_mix_pixels(case: dict[str, object]) -> Pair:
+    b, h, n, d = case["tokens"]  # type: ignore[misc]
+    tokens = b * h * n * d
+    product = 2.0 * b * h * n * n * d
+    # Two attentions of two products; backward: the scores again and four products each.
+    return (7 * tokens, 4 * product), (6 * tokens + 3 * tokens + 6 * tokens, 10 * product)
+
+
+def _cross_mix_channels(case: dict[str, object]) -> Pair:
+    b, c, n = _map(case)
+    # Forward: three symmetric Gram matrices, two products to apply. X is read once more to apply,
+    # since the matrices depend on all of it.
+    forward = (3.0 * b * c * n, b * n * (3.0 * c * (c + 1) + 4.0 * c * c))
+    # Backward: two products for dA, then dX from dY (two) and X (three). X and dY are read twice.
+    return forward, (5.0 * b * c * n, b * n * (4.0 * c * c + 10.0 * c * c))
+
+
+def _external_memory(case: dict[str, object]) -> Pair:
+    b, c, n = _map(case)
+    s = case.get("slots", 64)
+    product = 2.0 * b * c * s * n  # type: ignore[operator]
+    # Forward: logits (x read twice at least: the softmax over pixels needs all), scores, output.
+    forward = (3.0 * b * c * n, 3 * product)
+    # Backward: logits, dA, its outer product for dW, dK, dX; dX depends on sums over all pixels.
+    return forward, (5.0 * b * c * n, 5 * product)
+
+
+def _multi_dilation_conv(case: dict[str, object]) -> Pair:
+    b, c, n = _map(case)
+    branches = len(case.get("dilations", (3, 5, 7)))  # type: ignore[arg-type]
+    group = c // (branches + 1)
+    inner = 1 if case.get("depthwise") else group
+    flop = b * n * (2.0 * c * c + 18.0 * branches * group * inner)
+    kept = branches * b * group * n
+    return (2.0 * b * c * n, flop), (3.0 * b * c * n + kept, 2 * flop)
+
+
+_COUNTS = {
+    "gate_statistics": _gate_statistics,
+    "cross_mix_pixels": _cross_mix_pixels,
+    "cross_mix_channels": _cross_mix_channels,
+    "external_memory": _external_memory,
+    "multi_dilation_conv": _multi_dilation_conv,
+}

@@ -1,0 +1,151 @@
+"""Benchmarks of the network: training step and inference, beside what one would pick instead."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import eamnet_kernels.modules as library
+from bench.results import Record
+from bench.timing import WIDE_SPREAD, interleaved, paired_ratio, peak_extra_bytes
+from eamnet.complexity import count_complexity
+from eamnet.losses import SegmentationLoss
+from eamnet.model import EAMNet, EAMNetConfig, EAMNetOutput
+from eamnet_kernels.functional import GateStatistics
+from eamnet_kernels.reference import (
+    cross_mix_channels,
+    cross_mix_pixels,
+    external_memory,
+    multi_dilation_conv,
+)
+
+
+@contextlib.contextmanager
+def direct_definitions() -> Iterator[None]:
+    """EAM-Net in plain PyTorch: the modules call the definitions as one writes them down."""
+
+    def gates(x: Tensor) -> GateStatistics:
+        pixels = x.flatten(2)
+        return GateStatistics(x.mean(1, True), x.max(1, True)[0], pixels.mean(2), pixels.max(2)[0])
+
+    def pixels(*tokens: Tensor) -> Tensor:
+        return cross_mix_pixels.direct(*tokens, tokens[0].shape[3] ** -0.5)  # type: ignore[call-arg]
+
+    def conv(x: Tensor, w: list[Tensor], p: Tensor, dilations: Any, activation: str) -> Tensor:
+        return multi_dilation_conv.direct(x, w, p, None, dilations, activation)
+
+    with (
+        mock.patch.object(library.cmam, "gate_statistics", gates),
+        mock.patch.object(library.cmam, "cross_mix_pixels", pixels),
+        mock.patch.object(library.cmam, "cross_mix_channels", cross_mix_channels.direct),
+        mock.patch.object(library.eab, "external_memory", external_memory.direct),
+        mock.patch.object(library.mrcf, "multi_dilation_conv", conv),
+    ):
+        yield
+
+
+def rivals() -> dict[str, Callable[[], nn.Module]]:
+    """Networks one would pick instead, where their packages are installed."""
+    found: dict[str, Callable[[], nn.Module]] = {}
+    with contextlib.suppress(ImportError):
+        import segmentation_models_pytorch as smp
+
+        found["U-Net, ResNet-34 (smp)"] = lambda: smp.Unet("resnet34", encoder_weights=None)
+        found["U-Net, MobileNetV2 (smp)"] = lambda: smp.Unet("mobilenet_v2", encoder_weights=None)
+    with contextlib.suppress(ImportError):
+        from monai.networks.nets import AttentionUnet, BasicUNet
+
+        found["BasicUNet (MONAI)"] = lambda: BasicUNet(2, 3, 1)
+        found["AttentionUnet (MONAI)"] = lambda: AttentionUnet(
+            2, 3, 1, (32, 64, 128, 256), (2, 2, 2)
+        )
+    return found
+
+
+def _logits(output: Any) -> tuple[Tensor, Tensor | None]:
+    return tuple(output) if isinstance(output, EAMNetOutput) else (output, None)  # type: ignore[return-value]
+
+
+def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -> list[Record]:
+    """Training step at `batch` and inference at batch 1: ours, the direct definitions, others."""
+    torch.manual_seed(0)
+    plain_config = EAMNetConfig(mrcf=False, cmam="none", eab=False)
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "EAM-Net": EAMNet,
+        "EAM-Net, channels-last": EAMNet,
+        "EAM-Net, plain": EAMNet,
+        "EAM-Net, plain, channels-last": EAMNet,
+        "without MRCF, CMAM, EAB": lambda: EAMNet(plain_config),
+        **rivals(),
+    }
+    if compiled:
+        builders["EAM-Net, plain, torch.compile"] = EAMNet
+    rows: list[Record] = []
+    loss_of = SegmentationLoss()
+    for mode in ("inference", "training step"):
+        images = torch.rand(1 if mode == "inference" else batch, 3, size, size)
+        masks = (torch.rand(len(images), 1, size, size) > 0.5).float()
+        calls: dict[str, Callable[[int], object]] = {}
+        networks: dict[str, nn.Module] = {}
+        for name, build in builders.items():
+            torch.manual_seed(0)
+            network = build().train(mode != "inference")
+            last = "channels-last" in name
+            x = images
+            if last:
+                network = network.to(memory_format=torch.channels_last)
+                x = images.contiguous(memory_format=torch.channels_last)
+            networks[name] = network
+            run: nn.Module = torch.compile(network) if "compile" in name else network  # type: ignore[assignment]
+            scope = direct_definitions if ", plain" in name else contextlib.nullcontext
+            optimizer = torch.optim.Adam(network.parameters())
+
+            def infer(_: int, run: nn.Module = run, x: Tensor = x, scope: Any = scope) -> object:
+                with scope(), torch.no_grad():
+                    return run(x)
+
+            def step(
+                _: int,
+                run: nn.Module = run,
+                x: Tensor = x,
+                scope: Any = scope,
+                optimizer: torch.optim.Optimizer = optimizer,
+            ) -> object:
+                with scope():
+                    loss = loss_of(*_logits(run(x)), masks)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                return loss
+
+            calls[name] = infer if mode == "inference" else step
+        times = interleaved(calls, rounds, torch.device("cpu"), budget)
+        for name, t in times.items():
+            ratio = paired_ratio(t, times["EAM-Net"])
+            extra = peak_extra_bytes(calls[name], torch.device("cpu"))
+            counted = count_complexity(networks[name], (size, size))
+            rows.append(
+                {
+                    "network": name,
+                    "mode": mode,
+                    "size": size,
+                    "batch": len(images),
+                    "rounds": len(t.seconds),
+                    "median_ms": 1e3 * t.median,
+                    "p20_ms": 1e3 * t.percentile(20),
+                    "p80_ms": 1e3 * t.percentile(80),
+                    "noisy": t.spread > WIDE_SPREAD,
+                    "times_ours": ratio.median,
+                    "times_ours_low": ratio.low,
+                    "times_ours_high": ratio.high,
+                    "parameters": counted.parameters,
+                    "macs": counted.macs,
+                    "peak_extra_mb": None if extra is None else extra / 1e6,
+                }
+            )
+    return rows

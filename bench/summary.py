@@ -1,0 +1,111 @@
+"""From rows to what people ask: how much faster than the best alternative, case by case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.results import Record
+from bench.timing import geometric_mean
+
+RIVALS = ("plain", "plain, channels-last", "torch.compile", "two scaled_dot_product_attention")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One case: what `auto` takes against the best rival, each in the better of its layouts."""
+
+    subject: str
+    case: str
+    mode: str
+    dtype: str
+    ours_ms: float
+    best_ms: float
+    best: str  # the rival's name
+    fastest_backend: str
+    chosen_backend: str
+    percent_of_floor: float
+    noisy: bool
+
+    @property
+    def speedup(self) -> float:
+        return self.best_ms / self.ours_ms
+
+
+def comparisons(rows: list[Record]) -> list[Comparison]:
+    cases: dict[tuple[str, ...], list[Record]] = {}
+    for row in rows:
+        key = (row["subject"], row["case"], row["mode"], row["dtype"])
+        cases.setdefault(key, []).append(row)
+    found = []
+    for (subject, case, mode, dtype), group in cases.items():
+        timed = [r for r in group if r["median_ms"] is not None]
+        rivals = [r for r in timed if r["candidate"] in RIVALS]
+        chosen = [r for r in timed if r["chosen"]]
+        ours = [r for r in timed if r["ours"]]
+        if not rivals or not chosen:
+            continue
+        mine = min(chosen, key=lambda r: r["median_ms"])
+        best = min(rivals, key=lambda r: r["median_ms"])
+        fastest = min(ours, key=lambda r: r["median_ms"])
+        found.append(
+            Comparison(
+                subject,
+                case,
+                mode,
+                dtype,
+                mine["median_ms"],
+                best["median_ms"],
+                best["candidate"],
+                fastest["candidate"].split(",")[0],
+                mine["candidate"].split(",")[0],
+                mine["percent_of_floor"],
+                mine["noisy"] or best["noisy"],
+            )
+        )
+    return found
+
+
+def means(found: list[Comparison]) -> dict[tuple[str, str, str], float]:
+    """Geometric mean of the speed-ups by (subject, dtype, mode)."""
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for c in found:
+        groups.setdefault((c.subject, c.dtype, c.mode), []).append(c.speedup)
+    return {key: geometric_mean(values) for key, values in groups.items()}
+
+
+def failures(rows: list[Record], found: list[Comparison]) -> list[str]:
+    """What makes the suite fail: wrong results, and cases where `auto` is slower than plain PyTorch.
+
+    A noisy case does not fail; it is marked in the table instead.
+    """
+    problems = [
+        f"{r['subject']} {r['case']} {r['mode']} {r['dtype']}: {r['candidate']} is wrong "
+        f"({r['error']:.3g} times the allowed error)"
+        for r in rows
+        if r["ours"] and not r["correct"]
+    ]
+    problems += [
+        f"{c.subject} {c.case} {c.mode} {c.dtype}: auto takes {c.chosen_backend}, which is slower "
+        f"than {c.best} ({c.ours_ms:.3g} ms against {c.best_ms:.3g} ms)"
+        for c in found
+        if c.speedup < 0.95 and not c.noisy
+    ]
+    return problems
+
+
+def markdown(found: list[Comparison]) -> str:
+    """The table of geometric means, and the range over the cases."""
+    lines = [
+        "| operator | dtype | mode | speed-up (geometric mean) | range | % of floor |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (subject, dtype, mode), mean in means(found).items():
+        group = [c for c in found if (c.subject, c.dtype, c.mode) == (subject, dtype, mode)]
+        speedups = sorted(c.speedup for c in group)
+        floors = sorted(c.percent_of_floor for c in group)
+        words = "forward" if mode == "forward" else "forward + backward"
+        lines.append(
+            f"| `{subject}` | {dtype} | {words} | {mean:.2f}× | "
+            f"{speedups[0]:.2f}–{speedups[-1]:.2f}× | {floors[0]:.0f}–{floors[-1]:.0f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""Timing that survives a noisy machine: interleaved rounds, paired ratios, bootstrap intervals.
+
+All candidates of a comparison run in turn in every round, in an order that rotates, on inputs that
+change from round to round. What is compared is the ratio of two candidates within a round, so a
+machine whose speed drifts changes both; the median over rounds and its bootstrap interval are kept.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MIN_SECONDS = 0.02  # of one measurement: short calls are repeated until they take that long
+WIDE_SPREAD = 0.3  # (p80 - p20) / median from which a row is marked as saying little
+
+Call = Callable[[int], object]
+"""`call(round)` runs the candidate once on that round's inputs."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call, one per round."""
+
+    seconds: np.ndarray
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    def percentile(self, q: float) -> float:
+        return float(np.percentile(self.seconds, q))
+
+    @property
+    def spread(self) -> float:
+        return (self.percentile(80) - self.percentile(20)) / self.median
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of paired ratios `other / ours` (above 1: ours is faster) with a 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    candidates: Mapping[str, Call], rounds: int, device: torch.device, budget: float
+) -> dict[str, Times]:
+    """Time every candidate once per round; stop early when `budget` seconds are used up.
+
+    Each is run twice before (compilation, allocation, choice of algorithms), and its repetitions are
+    set from that. At least three rounds are made whatever the budget.
+    """
+    repetitions: dict[str, int] = {}
+    for name, call in candidates.items():
+        call(0)
+        synchronize(device)
+        start = time.perf_counter()
+        call(1)
+        synchronize(device)
+        once = time.perf_counter() - start
+        repetitions[name] = max(1, round(MIN_SECONDS / max(once, 1e-7)))
+    order = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    deadline = time.perf_counter() + budget
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            for name in order[index % len(order) :] + order[: index % len(order)]:
+                call, count = candidates[name], repetitions[name]
+                start = time.perf_counter()
+                for repetition in range(count):
+                    call(index + repetition)
+                synchronize(device)
+                seconds[name].append((time.perf_counter() - start) / count)
+            if index >= 2 and time.perf_counter() > deadline:
+                break
+    finally:
+        gc.enable()
+    return {name: Times(np.array(values)) for name, values in seconds.items()}
+
+
+def paired_ratio(other: Times, ours: Times, resamples: int = 2000) -> Ratio:
+    ratios = other.seconds / ours.seconds
+    picks = np.random.default_rng(0).integers(0, len(ratios), (resamples, len(ratios)))
+    medians = np.median(ratios[picks], axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
+    """Memory that one call needs beyond what is allocated before it, results included.
+
+    GPU: the allocator's peak. CPU: the growth of the process's high-water mark, after returning free
+    memory to the system; None where the system cannot reset the mark.
+    """
+    call(0)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call(0)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        import ctypes
+
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
+        call(0)
+        return max(0, _status_bytes("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
