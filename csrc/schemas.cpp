@@ -44,6 +44,13 @@ STABLE_TORCH_LIBRARY(eamnet_kernels_native, m) {
       "multi_dilation_conv_backward(Tensor grad_out, Tensor x, Tensor[] w_branches, Tensor w_point,"
       " bool has_bias, int[] dilations, str activation, Tensor preactivation, bool channels_last)"
       " -> (Tensor, Tensor[], Tensor, Tensor)");
+  m.def(
+      "cross_mix_pixels(Tensor q_s, Tensor k_s, Tensor v_s, Tensor q_c, Tensor k_c, Tensor v_c,"
+      " Tensor? spatial_gate, float scale, bool save_for_backward) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_mix_pixels_backward(Tensor grad_out, Tensor q_s, Tensor k_s, Tensor v_s, Tensor q_c,"
+      " Tensor k_c, Tensor v_c, Tensor? spatial_gate, Tensor branches, Tensor lse, float scale)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(eamnet_kernels_native, CompositeExplicitAutograd, m) {
