@@ -91,7 +91,7 @@ register(
         "cpu",
         "C++ with run-time SIMD dispatch",
         _native_unavailable,
-        ("gate_statistics", "cross_mix_pixels", "multi_dilation_conv"),
+        ("gate_statistics", "cross_mix_channels", "cross_mix_pixels", "multi_dilation_conv"),
     )
 )
 register(Backend("reference", "plain PyTorch, any device and dtype", lambda: None))

@@ -1,20 +1,32 @@
-"""`cross_mix_channels` in C++: the passes over pixels are native, the C x C algebra between is torch's."""
+"""`cross_mix_channels` in C++ (`csrc/cpu/cross_mix_channels.cpp`), its C x C algebra in torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from eamnet_kernels.backends import Arguments, cpu_tensors_reason
-from eamnet_kernels.ops.layout import is_channels_last
-from eamnet_kernels.reference.cross_mix_channels import mixing_matrices, mixing_matrices_backward
+from eamnet_kernels.backends import Arguments
+from eamnet_kernels.cpu import pixels_in_sequence, refuses
+from eamnet_kernels.ops.layout import accumulation_dtype, is_channels_last
+from eamnet_kernels.reference.cross_mix_channels import (
+    mixing_matrices,
+    mixing_matrices_backward,
+    working_dtype,
+)
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _native = torch.ops.eamnet_kernels_native
 
 
 def can_run(arguments: Arguments) -> str | None:
-    return cpu_tensors_reason(arguments, _DTYPES)
+    """None, or why these arguments of the forward or the backward are not for this backend."""
+    return refuses(arguments["x"])
+
+
+def _for_kernels(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The operands as the kernels take them; in float64 where few pixels ask for it."""
+    # Kernels compute in accumulation_dtype, so only the float64 of few pixels is a conversion.
+    few = working_dtype(x) != accumulation_dtype(x.dtype)
+    return tuple(pixels_in_sequence(t.double() if few else t) for t in (x, *others))
 
 
 def forward(
@@ -26,11 +38,12 @@ def forward(
     w_out: Tensor,
     temperature: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    gate = spatial_gate.contiguous()
-    grams = _native.cross_mix_channels_grams(x, gate)
+    """The result as `x` lies, and the Gram matrices (3,B,C,C)."""
+    pixels, gate = _for_kernels(x, spatial_gate.contiguous())
+    grams = _native.cross_mix_channels_grams(pixels, gate)
     matrices = mixing_matrices(grams, channel_gate, w_spatial, w_channel, w_out, temperature)
-    out = _native.cross_mix_channels_apply(x, gate, matrices.contiguous(), is_channels_last(x))
-    return out, grams
+    out = _native.cross_mix_channels_apply(pixels, gate, matrices, is_channels_last(x))
+    return out.to(x.dtype), grams.to(accumulation_dtype(x.dtype))
 
 
 def backward(
@@ -44,12 +57,15 @@ def backward(
     temperature: Tensor,
     grams: Tensor,
 ) -> tuple[Tensor, ...]:
-    gate = spatial_gate.contiguous()
+    """The gradients of the seven inputs, that of `x` as `x` lies."""
+    pixels, gate, grad = _for_kernels(x, spatial_gate.contiguous(), grad_out)
     weights = (channel_gate, w_spatial, w_channel, w_out, temperature)
-    grad_matrices = _native.cross_mix_channels_grad_matrices(grad_out, x, gate)
+    grad_matrices = _native.cross_mix_channels_grad_matrices(grad, pixels, gate)
+    if grad_matrices.dtype != grams.dtype:
+        grams = _native.cross_mix_channels_grams(pixels, gate)
     grad_grams, *grad_weights = mixing_matrices_backward(grad_matrices, grams, *weights)
     matrices = mixing_matrices(grams, *weights)
     grad_x, grad_gate = _native.cross_mix_channels_apply_backward(
-        grad_out, x, gate, matrices, 2 * grad_grams, is_channels_last(x)
+        grad, pixels, gate, matrices, 2 * grad_grams, is_channels_last(x)
     )
-    return grad_x, grad_gate, *grad_weights
+    return grad_x.to(x.dtype), grad_gate.to(spatial_gate.dtype), *grad_weights
