@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     slower = 0
     for key in before.keys() & after.keys():
         ratio = after[key]["median_ms"] / before[key]["median_ms"]
-        # Slower only where even the fast side of the new run is slower than the slow side of the old.
+        # Slower only where even the fast side of the new run is behind the slow side of the old.
         apart = after[key]["p20_ms"] > before[key]["p80_ms"]
         if ratio > 1 + options.tolerance and apart and before[key]["ours"]:
             slower += 1

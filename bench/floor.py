@@ -1,8 +1,8 @@
 """The physical limit: fewest bytes over the copy bandwidth, fewest operations over the GEMM peak.
 
-Both ceilings are measured in the same run as what is compared with them. The counts assume that each
-input is read once and each output written once, whatever an implementation does; operations are
-floating-point operations of the folded algebra (docs/algebra.md), a multiply-add counting two.
+Both ceilings are measured in the same run as what is compared with them. A tensor counts once for
+each pass that the algebra cannot avoid; operations are those of the folded algebra
+(docs/algebra.md), a multiply-add counting two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine can do in one dtype: bytes per second (read plus written), flop per second."""
+    """What the machine does in one dtype: bytes per second (read plus written), flop per second."""
 
     copy: float
     gemm: float

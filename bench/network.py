@@ -115,6 +115,7 @@ def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -
                 x: Tensor = x,
                 scope: Any = scope,
                 optimizer: torch.optim.Optimizer = optimizer,
+                masks: Tensor = masks,
             ) -> object:
                 with scope():
                     loss = loss_of(*_logits(run(x)), masks)

@@ -115,7 +115,7 @@ def _run(candidate: Candidate, inputs: Inputs, case: Case, mode: str, grads: lis
         with torch.no_grad():
             return _outputs(candidate.function(inputs, case)), ()
     out = _outputs(candidate.function(inputs, case))
-    return out, torch.autograd.grad(out, _leaves(inputs), grads)
+    return tuple(o.detach() for o in out), torch.autograd.grad(out, _leaves(inputs), grads)
 
 
 def _error(candidate: tuple[Any, Any], plain: tuple[Any, Any], truth: tuple[Any, Any]) -> float:

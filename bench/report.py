@@ -18,7 +18,8 @@ from bench.summary import Comparison, comparisons, means
 from bench.sweeps import fits
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;
+body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;
+color:#1a1a1a;
 background:#fff}h1,h2{line-height:1.2}table{border-collapse:collapse;margin:1rem 0;display:block;
 overflow-x:auto}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;
 white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}
@@ -102,7 +103,7 @@ def _class(row: Record) -> str:
 
 
 def write(folder: Path, operators: Any, network: Any, sweeps: Any) -> Path:
-    """`report.html` and the PNG files beside it, from the contents of the result files there are."""
+    """Write `report.html` and PNG files from the result files' contents; None leaves one out."""
     parts = ["<h1>eamnet-kernels: benchmark</h1>"]
     for content in (operators, network, sweeps):
         if content:

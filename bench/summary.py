@@ -74,7 +74,7 @@ def means(found: list[Comparison]) -> dict[tuple[str, str, str], float]:
 
 
 def failures(rows: list[Record], found: list[Comparison]) -> list[str]:
-    """What makes the suite fail: wrong results, and cases where `auto` is slower than plain PyTorch.
+    """What makes the suite fail: wrong results, and `auto` being slower than plain PyTorch.
 
     A noisy case does not fail; it is marked in the table instead.
     """

@@ -60,8 +60,8 @@ def interleaved(
 ) -> dict[str, Times]:
     """Time every candidate once per round; stop early when `budget` seconds are used up.
 
-    Each is run twice before (compilation, allocation, choice of algorithms), and its repetitions are
-    set from that. At least three rounds are made whatever the budget.
+    Each is run twice before (compilation, allocation, choice of algorithms), and its repetitions
+    are set from that. At least three rounds are made whatever the budget.
     """
     repetitions: dict[str, int] = {}
     for name, call in candidates.items():
@@ -108,8 +108,8 @@ def geometric_mean(values: Sequence[float]) -> float:
 def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
     """Memory that one call needs beyond what is allocated before it, results included.
 
-    GPU: the allocator's peak. CPU: the growth of the process's high-water mark, after returning free
-    memory to the system; None where the system cannot reset the mark.
+    GPU: the allocator's peak. CPU: the growth of the process's high-water mark, after returning
+    free memory to the system; None where the system cannot reset the mark.
     """
     call(0)
     if device.type == "cuda":

@@ -1,0 +1,150 @@
+"""The benchmark's own arithmetic and refusals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench import compare, results, summary
+from bench.__main__ import main
+from bench.floor import Ceilings, count
+from bench.operators import measure
+from bench.subjects import SUBJECTS
+from bench.sweeps import exponent
+from bench.timing import Times, interleaved, paired_ratio, peak_extra_bytes
+
+CPU = torch.device("cpu")
+
+
+def test_ratios_are_paired_by_round() -> None:
+    drift = np.array([1.0, 2.0, 4.0, 8.0, 16.0])  # a machine that slows down while it is measured
+    ratio = paired_ratio(Times(3 * drift), Times(drift))
+    assert (ratio.median, ratio.low, ratio.high) == (3, 3, 3)
+
+
+def test_every_candidate_runs_in_every_round() -> None:
+    calls: list[str] = []
+    slow = 0.03
+
+    def call(name: str) -> Any:
+        def run(_: int) -> None:
+            calls.append(name)
+            __import__("time").sleep(slow)
+
+        return run
+
+    times = interleaved({"a": call("a"), "b": call("b")}, 4, CPU, 60)
+    assert [len(t.seconds) for t in times.values()] == [4, 4]
+    assert calls[4:] == list("abbaabba")  # after two warm-up runs each; the order rotates
+
+
+def test_budget_stops_after_three_rounds() -> None:
+    times = interleaved({"a": lambda _: __import__("time").sleep(0.03)}, 50, CPU, 0.01)
+    assert len(times["a"].seconds) == 3
+
+
+def test_peak_memory_sees_a_temporary() -> None:
+    def call(_: int) -> None:
+        torch.ones(8_000_000).sum()
+
+    extra = peak_extra_bytes(call, CPU)
+    if extra is None:
+        pytest.skip("the system does not let the high-water mark be reset")
+    assert 30e6 < extra < 45e6
+
+
+def test_floor_is_the_slower_of_bytes_and_operations() -> None:
+    counted = count("gate_statistics", {"shape": (4, 32, 256, 256)}, "forward", 4)
+    assert counted.bytes == 4 * (4 * 32 * 65536 + 2 * 4 * 65536)
+    assert counted.floor(Ceilings(copy=counted.bytes, gemm=1e30)) == 1
+    assert counted.floor(Ceilings(copy=1e30, gemm=counted.flop / 2)) == 2
+
+
+def test_exponent_of_a_power_law() -> None:
+    values = [64.0, 128, 256, 512]
+    assert exponent(values, [v**2 * 1e-6 for v in values]) == pytest.approx(2)
+
+
+def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eamnet_kernels.reference import external_memory
+
+    right = external_memory.forward
+    monkeypatch.setattr(
+        external_memory, "forward", lambda *a: (right(*a)[0] * 1.001, *right(*a)[1:])
+    )
+    rows = list(
+        measure(
+            SUBJECTS["external_memory"], {"shape": (1, 8, 8, 8)}, "forward", torch.float32, CPU,
+            Ceilings(1e10, 1e11), 3, 0.1, False, "reference", memory=False,
+        )
+    )  # fmt: skip
+    ours = [r for r in rows if r.ours]
+    assert ours
+    assert all(not r.correct and r.median_ms is None for r in ours)
+    assert all(r.median_ms is not None for r in rows if not r.ours)
+    as_rows = [r.as_dict() for r in rows]
+    assert "is wrong" in summary.failures(as_rows, summary.comparisons(as_rows))[0]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    main(
+        ["--op", "gate_statistics", "--shape", "1x8x16x16", "--no-compile", "--rounds", "3",
+         "--budget", "0.1", "--output", str(folder)]
+    )  # fmt: skip
+    return folder
+
+
+def test_result_files_and_page(quick: Path) -> None:
+    content = results.read(quick / "operators.json")
+    assert {"date", "cpu", "torch", "commit"} <= content["environment"].keys()
+    rows = content["rows"]
+    assert any(r["candidate"] == "plain" for r in rows)
+    assert (quick / "operators.csv").read_text().count("\n") == len(rows) + 1
+
+    found: list[str] = []
+
+    class Sources(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            found.extend(v or "" for k, v in attrs if k in ("src", "href"))
+
+    Sources().feed((quick / "report.html").read_text())
+    assert found
+    assert all(source.startswith("data:image/png") for source in found)
+
+
+def test_compare_finds_what_became_slower(quick: Path, tmp_path: Path) -> None:
+    old = quick / "operators.json"
+    assert compare.main([str(old), str(old)]) == 0
+    content = json.loads(old.read_text())
+    for row in content["rows"]:
+        for field in ("median_ms", "p20_ms", "p80_ms"):
+            row[field] *= 100
+    new = tmp_path / "new.json"
+    new.write_text(json.dumps(content))
+    assert compare.main([str(old), str(new)]) == 1
+    assert compare.main([str(new), str(old)]) == 0
+    content["environment"]["cpu"] = "another"
+    new.write_text(json.dumps(content))
+    assert compare.main([str(old), str(new)]) == 2
+    assert compare.main([str(old), str(new), "--force"]) == 1
+    new.write_text("{}")
+    assert compare.main([str(old), str(new)]) == 2
+
+
+def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--op", "nothing"], ["--shape", "1x2"], ["--shape", "axbxcxd"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+    assert "gate_statistics" in capsys.readouterr().err
