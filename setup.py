@@ -1,16 +1,18 @@
 """Builds `eamnet_kernels/_C.so`, the compiled operators, beside the Python packages.
 
-The library uses the LibTorch stable ABI and no Python C API: one build serves every Python and every
-torch from 2.10 on. Loading it is the business of `eamnet_kernels/native.py`. `_C.json` beside it
-records what it was built from.
+The library uses the LibTorch stable ABI and no Python C API: one build serves every Python and
+every torch from 2.10 on. Loading it is the business of `eamnet_kernels/native.py`. `_C.json` beside
+it records what it was built from.
 
 - `csrc/*.cpp` is compiled once.
-- `csrc/cpu/*.cpp` is compiled once per instruction set ("level", see `csrc/cpu/dispatch.h`) and the
-  right one is chosen at run time, never by the machine that builds.
+- `csrc/cpu/*.cpp` is compiled once per instruction set ("level", see `csrc/cpu/dispatch.h`) and
+  the right one is chosen at run time, never by the machine that builds.
+- A CUDA library will be a second one, `_C_cuda.so` with implementations only: one that needs CUDA
+  could not be loaded by a torch without it.
 
 Environment
 - `EAMNET_BUILD_NATIVE=0`: no compiled library; the operators run on their other backends.
-- `CXX`: the C++ compiler (GCC 11 or Clang 14 or later); else `c++`, `g++` or `clang++` from the path.
+- `CXX`: the C++ compiler (GCC 11, Clang 14 or later); else `c++`, `g++`, `clang++` from the path.
 - `CXXFLAGS`, `LDFLAGS`: appended to the flags below.
 - `MAX_JOBS`: compilations at once; else as many as processors and free memory allow.
 - `EAMNET_SANITIZE=address|undefined|thread`: an instrumented build; see `make sanitize`.
@@ -34,6 +36,14 @@ import sys
 import time
 from pathlib import Path
 from typing import NoReturn
+
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # without build isolation it is the user's
+    raise SystemExit(
+        f"setuptools is {setuptools.__version__}; needed is setuptools>=77. Leave out "
+        "--no-build-isolation, or: pip install 'setuptools>=77' wheel ninja"
+    )
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -86,7 +96,7 @@ def fail(what: str, remedy: str) -> NoReturn:
         f"{PACKAGE}: the compiled library could not be built.",
         what,
         remedy,
-        "Or install without it: EAMNET_BUILD_NATIVE=0 pip install . (slower operators, same results)",
+        "Or install without it: EAMNET_BUILD_NATIVE=0 pip install . (same results, slower)",
     ]
     raise SystemExit("\n".join(["", "=" * 80, *lines, "=" * 80]))
 
@@ -182,6 +192,7 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 def ninja_path(path: Path | str) -> str:
+    """A path as it is written in a ninja file."""
     return re.sub(r"([ :$])", r"$\1", str(path))
 
 
@@ -198,14 +209,15 @@ def ninja_file(build: Path, cxx: list[str], torch: Path, extra: list[str]) -> st
         f"-Wl,-rpath-link,{torch / 'lib'}",
         *shlex.split(os.environ.get("LDFLAGS", "")),
     ]
+    compile_command = [*cxx, "-MMD", *compile_flags]
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
-        f"  command = {shlex.join(cxx)} -MMD -MF $out.d {shlex.join(compile_flags)} $level -c $in -o $out",
+        f"  command = {shlex.join(compile_command)} $level -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {shlex.join(cxx)} {shlex.join(link_flags)} $in -ltorch_cpu -o $out",
+        f"  command = {shlex.join([*cxx, *link_flags])} $in -ltorch_cpu -o $out",
     ]
     objects: list[str] = []
 

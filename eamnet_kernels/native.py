@@ -46,9 +46,9 @@ def _load() -> BaseException | None:
     except (OSError, RuntimeError, ImportError) as cause:
         if isinstance(cause, NativeLibraryError):
             return cause
-        error = NativeLibraryError(
-            f"{_LIBRARY} could not be loaded: {cause}\n{_remedy(str(cause))}"
-        )
+        # torch wraps the dynamic linker's message, which says what is wrong.
+        said = str(cause.__cause__ or cause)
+        error = NativeLibraryError(f"{_LIBRARY} could not be loaded: {said}\n{_remedy(said)}")
         error.__cause__ = cause
         return error
     return None
