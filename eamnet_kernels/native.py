@@ -1,6 +1,6 @@
 """Loads the compiled operators, `_C.so`, once, and keeps the reason when it cannot.
 
-`setup.py` builds the library beside this file. Importing the package never fails for the lack of it:
+`setup.py` builds the library beside this file. Importing the package never fails for lack of it:
 the operators then run on their other backends, and `error()` says why and what to do.
 """
 
