@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -49,6 +50,9 @@ from eamnet.training import SegmentationTask
 from eamnet.versions import versions
 
 __all__ = ["fit", "test", "validate"]
+
+# The network's options are documented where they are defined, below each of their fields.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _CONFIGS = Path(__file__).parent / "configs"
 
