@@ -212,6 +212,8 @@ class SegmentationData(L.LightningDataModule):
         if not usable:
             raise ValueError(f"{self.source.name} at {self.root} has no pictures with a mask")
         exclude = self.source.exclusions if self.exclude is None else dict.fromkeys(self.exclude)
+        if self.exclude and (unknown := [i for i in self.exclude if i not in self.source]):
+            raise ValueError(f"exclude: {self.source.name} has no pictures {shorten(unknown)}")
         for picture_id in sorted(set(exclude) & {r.id for r in usable}):
             reason = exclude[picture_id] or "listed in exclude"
             self.report.append(f"{picture_id} left out: {reason}")

@@ -408,6 +408,8 @@ def test_parts_exclusions_and_folds(tmp_path):
     assert "ISIC_0000003 left out: listed in exclude" in data.report
     with pytest.raises(ValueError, match="has \\['train', 'test'\\], not \\['val'\\]"):
         SegmentationData("isic2018", root=str(tmp_path), parts=["val"]).setup()
+    with pytest.raises(ValueError, match="exclude: isic2018 has no pictures ISIC_3"):
+        SegmentationData("isic2018", exclude=["ISIC_3"], **options).setup()
     external = SegmentationData("isic2018", root=str(tmp_path), size=16, protocol="external")
     external.setup("test")
     assert len(external.split.test) == 25
