@@ -23,7 +23,9 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     Padding on one side only leaves the pooling grid where it is for the unpadded picture.
     """
     height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    # Written so that for symbolic sizes the compiler sees the padded size divide by `multiple`.
+    right, below = ((s + multiple - 1) // multiple * multiple - s for s in (width, height))
+    return F.pad(x, (0, right, 0, below), mode="replicate")
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
@@ -39,8 +41,8 @@ class ResidualBlock(nn.Module):
     ``ReLU(BN(conv(ReLU(BN(conv(x))))) + shortcut(x))``. The shortcut is a 1x1 convolution with
     batch normalisation where the channels differ and the identity elsewhere.
 
-    The last normalisation starts with scale 1, not 0: of at most two blocks in a row none needs to
-    start as the identity, and at 0 the convolutions before it get no gradient in the first step.
+    The last normalisation starts with scale 1, not 0: ten blocks are few enough that none needs to
+    start as its shortcut, and at 0 the convolutions before it get no gradient in the first step.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:

@@ -189,25 +189,6 @@ class TestEveryConfiguration:
         assert output.logits.isfinite().all()
         assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
-    def test_compile_is_one_graph_with_the_same_values(
-        self, config: EAMNetConfig, model: EAMNet
-    ) -> None:
-        torch.compiler.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        x = picture(config, 2, 19, 32)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-
-    def test_export_with_a_free_batch(self, config: EAMNetConfig, model: EAMNet) -> None:
-        batch = torch.export.Dim("batch")
-        with torch.no_grad():
-            program = torch.export.export(
-                model, (picture(config, 2, 24, 32),), dynamic_shapes={"x": {0: batch}}
-            )
-            for size in (1, 5):
-                x = picture(config, size, 24, 32)
-                torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
-
     def test_save_and_load(self, config: EAMNetConfig, model: EAMNet, tmp_path: Path) -> None:
         path = model.save_pretrained(tmp_path / "folder" / "weights.safetensors")
         random_state = torch.get_rng_state()
@@ -233,6 +214,31 @@ class TestEveryConfiguration:
 
     def test_configuration_round_trip(self, config: EAMNetConfig) -> None:
         assert EAMNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+# Tracing takes seconds: those configurations that hold every module in every form between them.
+@pytest.mark.parametrize(
+    "config", ["default", "serial", "parallel", "plain", "other_choices"], indirect=True
+)
+class TestTracing:
+    def test_compile_is_one_graph_with_the_same_values(
+        self, config: EAMNetConfig, model: EAMNet
+    ) -> None:
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        x = picture(config, 2, 19, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+    def test_export_with_a_free_batch(self, config: EAMNetConfig, model: EAMNet) -> None:
+        batch = torch.export.Dim("batch")
+        with torch.no_grad():
+            program = torch.export.export(
+                model, (picture(config, 2, 24, 32),), dynamic_shapes={"x": {0: batch}}
+            )
+            for size in (1, 5):
+                x = picture(config, size, 24, 32)
+                torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def parts(config: EAMNetConfig) -> dict[str, int]:
@@ -473,7 +479,7 @@ def test_learns_blobs_by_heart() -> None:
     model = build(TINY).train()
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(80):
+    for _ in range(60):
         logits, auxiliary = model(pictures)
         loss = F.binary_cross_entropy_with_logits(logits, masks)
         loss = loss + 0.4 * F.binary_cross_entropy_with_logits(auxiliary, masks)
@@ -485,7 +491,7 @@ def test_learns_blobs_by_heart() -> None:
         predicted = (model.eval()(pictures) > 0).float()
     dice = 2 * (predicted * masks).sum() / (predicted.sum() + masks.sum())
     assert losses[-1] < 0.15 * losses[0]
-    assert dice > 0.97
+    assert dice > 0.95
 
 
 @pytest.mark.parametrize(
