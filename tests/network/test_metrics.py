@@ -557,7 +557,11 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:  # one that fails would leave the other waiting for it
+            process.kill()
     alone = SegmentationMetrics(1)
     for batch in batches(1):
         alone.update(*batch)
