@@ -191,7 +191,8 @@ void products(const GatedProducts& a) {
   const int64_t C = x.channels, N = x.pixels;
   const Blocks<powers> blocks{C};
   constexpr int rows = Blocks<powers>::rows;
-  const auto [slab, slabs, ranges] = cut<powers>(x);
+  const Cut cuts = cut<powers>(x);
+  const int64_t slab = cuts.slab, slabs = cuts.slabs, ranges = cuts.ranges;
   const int64_t row_blocks = blocks.row_blocks(), total = blocks.before(row_blocks);
   std::vector<int64_t> offsets(static_cast<size_t>(row_blocks));
   for (int64_t r = 0; r < row_blocks; ++r) offsets[r] = blocks.before(r);
