@@ -17,13 +17,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eamnet.blocks import DecoderStage, EncoderStage, MultiScaleHead, pad_to_multiple
 from eamnet_kernels.modules import CMAM, EAB, MRCF
 
-__all__ = ["EAMNet", "EAMNetConfig", "EAMNetOutput", "available_weights"]
+__all__ = ["EAMNet", "EAMNetConfig", "EAMNetOutput", "available_weights", "weights_metadata"]
 
 Attend = Literal["channels", "pixels"]
 Fusion = Literal["none", "cross", "serial", "parallel"]
@@ -323,14 +323,18 @@ class EAMNet(nn.Module):
             )
 
     def save_pretrained(
-        self, path: str | os.PathLike[str], dtype: torch.dtype | None = None
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> Path:
-        """Write weights and configuration to one safetensors file.
+        """Write weights and configuration to one safetensors file, whole or not at all.
 
         Args:
             path: file name, ending in ``.safetensors``. Folders are created.
             dtype: floating-point dtype to store (for example ``torch.float16`` to halve the file);
                 by default each tensor keeps its own.
+            metadata: more to say about the weights, for :func:`weights_metadata`.
 
         Returns:
             The file's path.
@@ -343,7 +347,7 @@ class EAMNet(nn.Module):
             raise ValueError(f"path: a name ending in .safetensors is accepted, got {str(path)!r}")
         tensors: dict[str, Tensor] = {}
         for name, tensor in self.state_dict().items():
-            # A fresh contiguous copy: safetensors refuses channels-last weights.
+            # Safetensors refuses the strides of channels-last weights.
             stored = tensor.detach().cpu().contiguous()
             if dtype is not None and stored.is_floating_point():
                 stored = stored.to(dtype)
@@ -351,8 +355,13 @@ class EAMNet(nn.Module):
                     raise ValueError(f"dtype: {dtype} cannot hold the values of {name!r}")
             tensors[name] = stored
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "pt", _CONFIG_KEY: json.dumps(self.config.to_dict())}
-        save_file(tensors, path, metadata=metadata)
+        own = {"format": "pt", _CONFIG_KEY: json.dumps(self.config.to_dict())}
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, unfinished, metadata={**(metadata or {}), **own})
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -379,13 +388,7 @@ class EAMNet(nn.Module):
                 that its configuration asks for.
         """
         path = _find_weights(name_or_path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        metadata = weights_metadata(path)
         if _CONFIG_KEY not in metadata:
             raise ValueError(
                 f"{path} holds no EAM-Net configuration ({_CONFIG_KEY!r} in its metadata); "
@@ -397,7 +400,7 @@ class EAMNet(nn.Module):
             model = cls(config)
         model.to(device=device, dtype=dtype)
         try:
-            model.load_state_dict(tensors, strict=True)
+            model.load_state_dict(load_file(path), strict=True)
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit its own configuration: {error}") from error
         return model.eval()
@@ -406,6 +409,20 @@ class EAMNet(nn.Module):
 def available_weights() -> list[str]:
     """Names of the weights that come with the package, for :meth:`EAMNet.from_pretrained`."""
     return sorted(path.stem for path in _WEIGHTS.glob("*.safetensors"))
+
+
+def weights_metadata(name_or_path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a file of weights says about itself, the configuration as JSON included.
+
+    Args:
+        name_or_path: as for :meth:`EAMNet.from_pretrained`, which raises the same errors.
+    """
+    path = _find_weights(name_or_path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _find_weights(name_or_path: str | os.PathLike[str]) -> Path:

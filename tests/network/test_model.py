@@ -20,7 +20,13 @@ from torch import Tensor, nn
 import eamnet.model
 from eamnet.blocks import MultiScaleHead, ResidualBlock, pad_to_multiple
 from eamnet.complexity import count_complexity, count_parameters
-from eamnet.model import EAMNet, EAMNetConfig, EAMNetOutput, available_weights
+from eamnet.model import (
+    EAMNet,
+    EAMNetConfig,
+    EAMNetOutput,
+    available_weights,
+    weights_metadata,
+)
 from eamnet_kernels.modules import CMAM
 
 TINY = EAMNetConfig(
@@ -628,6 +634,27 @@ class TestWeights:
         assert EAMNet.from_pretrained("lesion").config == TINY
         with pytest.raises(FileNotFoundError, match=r"'lesions'.*: lesion$"):
             EAMNet.from_pretrained("lesions")
+
+    def test_metadata(self, tmp_path: Path) -> None:
+        path = build(TINY).save_pretrained(tmp_path / "w.safetensors", metadata={"size": "128"})
+        metadata = weights_metadata(path)
+        assert metadata["size"] == "128"
+        assert EAMNetConfig.from_dict(json.loads(metadata["eamnet_config"])) == TINY
+        assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+    def test_a_failed_write_leaves_the_old_file(
+        self, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+
+        before = saved.read_bytes()
+        monkeypatch.setattr(eamnet.model, "save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            build(TINY, seed=1).save_pretrained(saved)
+        assert saved.read_bytes() == before
+        assert list(saved.parent.iterdir()) == [saved]
 
     def test_file_ending(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"path: .*safetensors.*weights\.pt"):
