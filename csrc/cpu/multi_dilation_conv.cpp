@@ -19,7 +19,10 @@
 //      the gradients of w_point and bias are summed;
 //   2. per branch and tile, from one panel of it, grad_x and the branch weights' gradient:
 //         grad_x[i, m] = sum_{o,t} w[o,i,t] gz[o, m - t]    grad_w[o,i,t] = sum_m gz[o, m - t] x[i, m]
-//      both read gz shifted and x in place.
+//      both read gz shifted and x in place. grad_w is nine products over pixels where a group fills two
+//      vectors (correlate_gemm), else nine dot products at once (correlate).
+// Memory beyond the results: n/(n+1) of an activation between the passes, partial sums of the weights'
+// gradients of at most a sixth of one, and per thread what fits the second-level cache.
 // z is stored by the forward: to convolve again would cost the dense backward half as much again, and
 // the depthwise one as many bytes (x of the branches is read instead of z) and 9 n c operations more.
 #include <vector>
@@ -469,7 +472,9 @@ void backward_branches(const MultiDilationConvBackward& a) {
     // A[input, (output, tap)]
     for (int64_t o = 0; o < c; ++o) {
       for (int64_t k = 0; k < c; ++k) {
-        for (int64_t t = 0; t < kTaps; ++t) by_input[(k * c + o) * kTaps + t] = widen(w[(o * c + k) * kTaps + t]);
+        for (int64_t t = 0; t < kTaps; ++t) {
+          by_input[(k * c + o) * kTaps + t] = widen(w[(o * c + k) * kTaps + t]);
+        }
       }
     }
     pack_left<T>(c, K, by_input.data(), K, 1, to);
