@@ -1,0 +1,135 @@
+"""The task itself: it learns, its schedule, its numbers under autocast."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from eamnet.cli import main
+from eamnet.data import SegmentationDataset, SyntheticSource
+from eamnet.metrics import SegmentationMetrics
+from eamnet.training import SegmentationTask
+
+NARROW = {
+    "widths": (8, 8, 16, 16),
+    "decoder_widths": (8, 8, 8),
+    "blocks": (1, 1, 1, 1),
+    "memory_size": 8,
+}
+
+
+def pictures(count: int, size: int, num_classes: int = 1) -> dict[str, torch.Tensor]:
+    source = SyntheticSource(count, 3, size, num_classes)
+    dataset = SegmentationDataset(source, [r.id for r in source.records], size)
+    items = [dataset[i] for i in range(count)]
+    return {key: torch.stack([item[key] for item in items]) for key in ("image", "mask")}
+
+
+def test_it_learns_four_pictures_by_heart() -> None:
+    torch.manual_seed(0)
+    task = SegmentationTask(learning_rate=5e-3, restart_epochs=0, **NARROW)
+    optimizer = task.configure_optimizers()
+    batch = pictures(4, 32)
+    losses = []
+    for _ in range(120):
+        output = task(batch["image"])
+        loss = task.loss(output.logits, output.auxiliary, batch["mask"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.25 * losses[0]
+    metrics = SegmentationMetrics()
+    with torch.no_grad():
+        metrics.update(task.eval()(batch["image"]), batch["mask"])
+    assert metrics.compute()["dice"] > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_classes", [1, 4])
+def test_autocast_gives_no_nan_at_512(dtype: torch.dtype, num_classes: int) -> None:
+    # The depth and the operators of the full network, on its full input; its channels are fewer,
+    # so that float16, which the CPU computes slowly, stays affordable.
+    torch.manual_seed(0)
+    task = SegmentationTask(
+        widths=(8, 16, 32, 64), decoder_widths=(4, 16, 32), num_classes=num_classes
+    )
+    optimizer = task.configure_optimizers()["optimizer"]
+    batch = pictures(1, 512, num_classes)
+    # Also a picture whose lesion fills it and one without any: the ends of the Dice term.
+    batch["mask"][0] = 1
+    for fill in (None, 1, 0):
+        if fill is not None:
+            batch["mask"].fill_(fill)
+        with torch.autocast("cpu", dtype=dtype):
+            output = task(batch["image"])
+            loss = task.loss(output.logits, output.auxiliary, batch["mask"])
+        assert output.logits.shape[-1] == 512
+        assert loss.dtype == torch.float32
+        assert loss.isfinite()
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in task.parameters() if p.grad is not None]
+        assert all(g.isfinite().all() for g in gradients)
+        optimizer.step()
+
+
+def test_the_learning_rate_restarts(tiny: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = [
+        *("--model.restart_epochs", "1", "--model.restart_factor", "2"),
+        *("--model.learning_rate", "0.01", "--model.minimum_learning_rate", "0.001"),
+        *("--trainer.max_epochs", "4", "--trainer.log_every_n_steps", "1"),
+        *("--trainer.limit_val_batches", "0"),
+    ]
+    assert main(["fit", *tiny, *options, "--run_dir", str(run)]) == 0
+    with (run / "metrics.csv").open() as file:
+        found = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+    # Cycles of one, two and four epochs: at the start of epochs 0, 1, 2 (half way) and 3.
+    half = 0.001 + 0.009 * (1 + math.cos(math.pi / 2)) / 2
+    assert found == pytest.approx([0.01, 0.01, half, 0.01], rel=1e-6)
+    # Without validation there is no best checkpoint; the last ones are there.
+    assert not (run / "checkpoints" / "best.ckpt").exists()
+    assert (run / "checkpoints" / "last-epoch=0003.ckpt").exists()
+
+
+def test_the_order_in_memory_changes_nothing() -> None:
+    results = []
+    for channels_last in (True, False):
+        torch.manual_seed(0)
+        task = SegmentationTask(channels_last=channels_last, **NARROW).double().eval()
+        with torch.no_grad():
+            results.append(task(pictures(2, 32)["image"].double()))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+def test_compiling_keeps_the_names_of_the_weights() -> None:
+    plain, compiled = SegmentationTask(**NARROW), SegmentationTask(compile=True, **NARROW)
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"optimizer": "sgd"}, "optimizer"),
+        ({"restart_epochs": -1}, "restart_epochs"),
+        ({"restart_factor": 0}, "restart_factor"),
+        ({"auxiliary_weight": -1.0}, "auxiliary_weight"),
+        ({"widths": (3, 5)}, "widths"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        SegmentationTask(**options)
+
+
+def test_weight_decay_and_optimizer_reach_the_optimizer() -> None:
+    task = SegmentationTask(optimizer="adamw", weight_decay=0.1, restart_epochs=0, **NARROW)
+    optimizer = task.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
