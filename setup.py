@@ -252,7 +252,7 @@ class BuildNative(build_ext):
         if sanitizer and sanitizer not in SANITIZERS:
             accepted = ", ".join(SANITIZERS)
             raise SystemExit(f"EAMNET_SANITIZE is '{sanitizer}'; accepted are: {accepted}")
-        extra = [*SANITIZERS[sanitizer], "-fno-omit-frame-pointer"] if sanitizer else []
+        extra = [*SANITIZERS[sanitizer], "-fno-omit-frame-pointer", "-O1"] if sanitizer else []
         cxx, cxx_version = compiler()
         torch, torch_version = torch_install()
 

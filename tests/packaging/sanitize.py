@@ -1,0 +1,63 @@
+"""Run the operators' tests on a compiled library with a sanitizer in it: `make sanitize`.
+
+For each sanitizer the package is built into `build/sanitized-<name>`, apart from the one installed,
+and pytest runs there with the sanitizer's runtime preloaded. Arguments go to pytest.
+
+Under the thread sanitizer the library runs its loops on threads of its own (`csrc/parallel.cpp`):
+torch's OpenMP runtime is not instrumented, and every hand-over there would look like a race.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNTIMES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
+
+
+def main() -> None:
+    """Build and test with each sanitizer; exit with the first failure."""
+    command, _ = runpy.run_path(str(ROOT / "setup.py"), run_name="definitions")["compiler"]()
+    for name, runtime in RUNTIMES.items():
+        target = ROOT / "build" / f"sanitized-{name}"
+        subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build", "--build-lib", str(target)],
+            cwd=ROOT,
+            env={**os.environ, "EAMNET_SANITIZE": name},
+            check=True,
+        )
+        found = subprocess.run(
+            [*command, f"-print-file-name={runtime}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": found,
+            # Python and torch keep much until the process ends.
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "PYTHONPATH": f"{target}{os.pathsep}{ROOT}",
+        }
+        code = (
+            "import sys; from eamnet_kernels import native; assert native.load(), native.error();"
+            f"assert native.facts()['sanitizer'] == {name!r}, native.facts();"
+            "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+        )
+        tests = sys.argv[1:] or [str(ROOT / "tests" / "kernels"), "-m", "not slow"]
+        print(f"sanitizer: {name}", flush=True)
+        # From another folder, so that the package in the checkout is not found first.
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"--rootdir={ROOT}", "-p", "no:cacheprovider", *tests],
+            cwd=ROOT / "tests",
+            env=environment,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise SystemExit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
