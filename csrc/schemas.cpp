@@ -36,6 +36,18 @@ STABLE_TORCH_LIBRARY(eamnet_kernels_native, m) {
   m.def(
       "cross_mix_channels_apply_backward(Tensor grad_out, Tensor x, Tensor spatial_gate,"
       " Tensor matrices, Tensor doubled, bool channels_last) -> (Tensor, Tensor)");
+  m.def("external_memory_lse(Tensor x, Tensor key) -> (Tensor, Tensor)");
+  m.def(
+      "external_memory_scores(Tensor x, Tensor key, Tensor value, Tensor lse, Tensor logits) -> Tensor");
+  m.def(
+      "external_memory_read(Tensor x, Tensor key, Tensor readout, Tensor lse, Tensor logits,"
+      " bool channels_last) -> Tensor");
+  m.def(
+      "external_memory_backward_sums(Tensor grad_out, Tensor x, Tensor key, Tensor readout,"
+      " Tensor lse) -> (Tensor, Tensor)");
+  m.def(
+      "external_memory_backward(Tensor grad_out, Tensor x, Tensor key, Tensor readout, Tensor lse,"
+      " Tensor row, bool channels_last) -> (Tensor, Tensor)");
   m.def(
       "multi_dilation_conv(Tensor x, Tensor[] w_branches, Tensor w_point, Tensor? bias,"
       " int[] dilations, str activation, bool save_for_backward, bool channels_last)"

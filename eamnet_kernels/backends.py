@@ -86,14 +86,7 @@ def register(backend: Backend) -> None:
     _REGISTRY[backend.name] = backend
 
 
-register(
-    Backend(
-        "cpu",
-        "C++ with run-time SIMD dispatch",
-        _native_unavailable,
-        ("gate_statistics", "cross_mix_channels", "cross_mix_pixels", "multi_dilation_conv"),
-    )
-)
+register(Backend("cpu", "C++ with run-time SIMD dispatch", _native_unavailable))
 register(Backend("reference", "plain PyTorch, any device and dtype", lambda: None))
 
 
