@@ -390,14 +390,14 @@ def test_duplicate_missing_and_no_rows_are_refused() -> None:
 def test_a_thousand_images_take_seconds() -> None:
     mask = blobs(np.random.default_rng(0), (256, 256), 1.0).astype(np.uint8)
     other = np.roll(mask, 9, axis=0)
-    start = time.perf_counter()
+    start = time.process_time()  # a loaded machine must not fail it
     rows = [
         row
         for i in range(1000)
         for row in image_metrics(str(i), mask, other, resolution="network", hd95=False)
     ]
     summarise(rows)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
