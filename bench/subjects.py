@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import eamnet_kernels.functional as F
+from eamnet_kernels.ops.layout import times_pixels
 from eamnet_kernels.reference import cross_mix_channels as reference_channels
 from eamnet_kernels.reference import cross_mix_pixels as reference_pixels
 from eamnet_kernels.reference import multi_dilation_conv as reference_conv
@@ -128,12 +129,12 @@ def _make_memory(case: Case, randn: Callable[..., Tensor]) -> Inputs:
 
 def external_memory_plain(i: Inputs, _: Case) -> Tensor:
     x = i["x"]
-    attention = torch.softmax(i["memory_key"] @ x.flatten(2), -1)
+    attention = torch.softmax(times_pixels(i["memory_key"], x.flatten(2)), -1)
     attention = attention / (1e-9 + attention.sum(1, keepdim=True))
-    features = i["memory_value"].t() @ attention
+    features = times_pixels(i["memory_value"].t(), attention)
     scores = features.detach().abs().sum(2)
     kept = torch.zeros_like(scores).scatter_(1, scores.topk(x.shape[1] // 2, dim=1)[1], 1.0)
-    return (i["w_out"] @ (features * kept.unsqueeze(2))).view_as(x)
+    return times_pixels(i["w_out"], features * kept.unsqueeze(2)).view_as(x)
 
 
 EXTERNAL_MEMORY = Subject(

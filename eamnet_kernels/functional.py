@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from eamnet_kernels.backends import selected
-from eamnet_kernels.ops.layout import dense
+from eamnet_kernels.ops.layout import autocast_dtype, dense
 from eamnet_kernels.ops.registration import call
 from eamnet_kernels.reference.multi_dilation_conv import ACTIVATIONS
 
@@ -331,9 +331,8 @@ def _one_dtype(name: str, first: Tensor, others: dict[str, Tensor]) -> tuple[Ten
         if tensor.device != first.device:
             raise ValueError(f"{other} is on {tensor.device}, {name} is on {first.device}")
     tensors = (first, *others.values())
-    device = first.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(first.device)
+    if dtype is not None:
         return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
     for other, tensor in others.items():
         if tensor.dtype != first.dtype:

@@ -33,9 +33,7 @@ def forward(
         kept = kept_channels(scores, top_k)
     # Small, and its errors would add up over the slots: in float64, then rounded once.
     readout = ((w_out.double() * kept.unsqueeze(1)) @ value.double()).to(dtype)
-    out = _native.external_memory_read(
-        pixels, key, readout, lse, logits, is_channels_last(x)
-    )
+    out = _native.external_memory_read(pixels, key, readout, lse, logits, is_channels_last(x))
     return out, lse.to(dtype), kept
 
 

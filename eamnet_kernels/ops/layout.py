@@ -28,6 +28,23 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
+def times_pixels(matrix: Tensor, pixels: Tensor) -> Tensor:
+    """matrix (M,K) times pixels (B,K,N) -> (B,M,N).
+
+    `matrix @ pixels` would fold the batch into the rows, for which it copies all pixels: 90 ms
+    against 19 ms at (8,32,128²) on two cores.
+    """
+    return torch.bmm(matrix.expand(pixels.shape[0], -1, -1), pixels)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on this kind of device, or None where it is off."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over `dtype` are made and kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

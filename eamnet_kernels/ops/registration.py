@@ -24,6 +24,7 @@ from torch.utils._pytree import (
 )
 
 from eamnet_kernels import backends, native
+from eamnet_kernels.ops.layout import autocast_dtype
 from eamnet_kernels.ops.schemas import SCHEMAS
 
 _NAMESPACE = "eamnet_kernels"
@@ -71,9 +72,9 @@ def _on_chosen_backend(operator: str) -> Callable[..., Any]:
     def kernel(*args: Any, backend: str = "auto") -> Any:
         chosen = backends.choose(backend, operator, dict(zip(names, args, strict=True)))
         run = getattr(chosen.module(forward), method)
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        if autocast_dtype(device) is not None:
+            with torch.autocast(device.type, enabled=False):
                 return run(*args)
         return run(*args)
 

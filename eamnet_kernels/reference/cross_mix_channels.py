@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from eamnet_kernels.backends import Arguments
-from eamnet_kernels.ops.layout import accumulation_dtype, memory_format
+from eamnet_kernels.ops.layout import accumulation_dtype, memory_format, times_pixels
 
 # torch.nn.functional.normalize divides by max(norm, 1e-12); on squared norms that is this.
 _SMALLEST_SQUARED_NORM = 1e-24
@@ -44,7 +44,7 @@ def direct(
     heads = temperature.shape[1]
 
     def projections(gated: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        stacked = weight @ gated.flatten(2)
+        stacked = times_pixels(weight, gated.flatten(2))
         stacked = stacked.view(batch, 3, heads, channels // heads, stacked.shape[2])
         return stacked.unbind(1)
 
@@ -56,7 +56,7 @@ def direct(
         return torch.softmax(t[:, None, None].to(scores.dtype) * scores, -1) @ v
 
     mixed = attend(q_s, k_c, v_c, temperature[0]) + attend(q_c, k_s, v_s, temperature[1])
-    return x + (w_out @ mixed.flatten(1, 2)).view_as(x)
+    return x + times_pixels(w_out, mixed.flatten(1, 2)).view_as(x)
 
 
 class _Mix(NamedTuple):

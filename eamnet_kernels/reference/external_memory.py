@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eamnet_kernels.backends import Arguments
-from eamnet_kernels.ops.layout import accumulation_dtype, memory_format
+from eamnet_kernels.ops.layout import accumulation_dtype, memory_format, times_pixels
 
 EPSILON = 1e-9  # EANet's, added to the sum over slots
 
@@ -35,12 +35,12 @@ def direct(
     x: Tensor, memory_key: Tensor, memory_value: Tensor, w_out: Tensor, top_k: int
 ) -> Tensor:
     """x (B,C,H,W), memory_key and memory_value (S,C), w_out (C,C) -> (B,C,H,W)."""
-    attention = torch.softmax(memory_key @ x.flatten(2), -1)
+    attention = torch.softmax(times_pixels(memory_key, x.flatten(2)), -1)
     attention = attention / (EPSILON + attention.sum(1, keepdim=True))
-    features = memory_value.t() @ attention
+    features = times_pixels(memory_value.t(), attention)
     kept = kept_channels(features.detach().abs().sum(2), top_k)
     features = torch.where(kept.unsqueeze(2), features, 0.0)
-    return (w_out @ features).view_as(x)
+    return times_pixels(w_out, features).view_as(x)
 
 
 def slot_normalizers(pixels: Tensor, key: Tensor) -> Tensor:
@@ -48,13 +48,13 @@ def slot_normalizers(pixels: Tensor, key: Tensor) -> Tensor:
 
     There a softmax is NaN for all pixels; `logsumexp` would say inf, and `exp(x - inf)` hide it.
     """
-    lse = torch.logsumexp(key @ pixels, -1)
+    lse = torch.logsumexp(times_pixels(key, pixels), -1)
     return torch.where(lse == torch.inf, torch.nan, lse)
 
 
 def _slot_weights(pixels: Tensor, key: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """The softmax over pixels (B,S,N), and one plus-epsilon sum over slots (B,1,N)."""
-    weights = torch.exp(key @ pixels - lse.unsqueeze(2))
+    weights = torch.exp(times_pixels(key, pixels) - lse.unsqueeze(2))
     return weights, EPSILON + weights.sum(1, keepdim=True)
 
 
@@ -67,7 +67,7 @@ def forward(
     lse = slot_normalizers(pixels, key)
     weights, total = _slot_weights(pixels, key, lse)
     attention = weights / total
-    kept = kept_channels((value.t() @ attention).abs().sum(2), top_k)
+    kept = kept_channels(times_pixels(value.t(), attention).abs().sum(2), top_k)
     out = ((w_out.to(dtype) * kept.unsqueeze(1)) @ value.t()) @ attention
     out = out.to(x.dtype).view(x.shape).contiguous(memory_format=memory_format(x))
     return out, lse, kept
@@ -97,7 +97,7 @@ def backward(
     row = (grad_weights * weights).sum(2, keepdim=True)
     grad_logits = weights * (grad_weights - row)
 
-    grad_x = (key.t() @ grad_logits).to(x.dtype).view(x.shape)
+    grad_x = times_pixels(key.t(), grad_logits).to(x.dtype).view(x.shape)
     grad_w_out = ((grad_readout @ value) * kept.unsqueeze(1)).sum(0)
     grad_value = (grad_readout.transpose(1, 2) @ w_kept).sum(0)
     grad_key = (grad_logits @ pixels.transpose(1, 2)).sum(0)
