@@ -5,9 +5,10 @@ A report is built from what lies in the run folder, and from nothing else::
     config.yaml           the full configuration
     versions.json         versions of the software and of the machine
     split.json            the ids of each part and the hash of the split
-    data_report.json      a list of lines: non-binary masks, stray and corrupt files
+    data_report.json      a list of lines: the split drawn, non-binary masks, stray files
     metrics.csv           learning curves, one or more rows per epoch
-    test/, validation/    an evaluation: per_image.csv, summary.json, pictures/<id>/*.png
+    test/, validation/    an evaluation: per_image.csv, summary.json, speed.json,
+                          pictures/<id>/*.png
 
 What is missing or damaged is named in the report and left out.
 """
@@ -519,6 +520,7 @@ class _Evaluation:
     groups: dict[str, list[tuple[_Case, _Graphic]]] = field(default_factory=dict)
     distribution: _Graphic | None = None
     without_lesion: int = 0
+    speed: str = ""
 
     @property
     def tables(self) -> list[tuple[str, dict[Resolution, ClassSummary]]]:
@@ -567,6 +569,7 @@ class _Run:
             summary=summary,
             resolutions=_resolutions(summary["resolutions"]),
             sizes={},
+            speed=self.read(f"{part}/speed.json", _read_speed, "no seconds per picture") or "",
         )
         if rows:
             cases = _cases(rows)
@@ -638,6 +641,13 @@ def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
                 (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
             )
     return rows
+
+
+def _read_speed(path: Path) -> str:
+    speed = _read_table(path)
+    seconds = float(speed.pop("seconds_per_picture"))
+    conditions = ", ".join(f"{name} {value}" for name, value in _flat(speed))
+    return f"{seconds * 1000:.3g} ms per picture" + (f" ({conditions})" if conditions else "")
 
 
 def _read_config(path: Path) -> tuple[str, str]:
