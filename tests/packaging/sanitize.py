@@ -30,12 +30,19 @@ def main() -> None:
             env={**os.environ, "EAMNET_SANITIZE": name},
             check=True,
         )
-        found = subprocess.run(
-            [*command, f"-print-file-name={runtime}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        # The C++ library as well: the sanitizer looks for its functions before torch brings it.
+        preload = [
+            subprocess.run(
+                [*command, f"-print-file-name={library}"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
+            for library in (runtime, "libstdc++.so.6")
+        ]
         environment = {
             **os.environ,
-            "LD_PRELOAD": found,
+            "LD_PRELOAD": " ".join(preload),
             # Python and torch keep much until the process ends.
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -46,11 +53,13 @@ def main() -> None:
             f"assert native.facts()['sanitizer'] == {name!r}, native.facts();"
             "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
         )
+        options = ("-p", "no:cacheprovider", "-q")
         tests = sys.argv[1:] or [str(ROOT / "tests" / "kernels"), "-m", "not slow"]
         print(f"sanitizer: {name}", flush=True)
         # From another folder, so that the package in the checkout is not found first.
         done = subprocess.run(
-            [sys.executable, "-c", code, f"--rootdir={ROOT}", "-p", "no:cacheprovider", *tests],
+            # Not capturing the process's own output: that is where a sanitizer reports.
+            [sys.executable, "-c", code, "--capture=sys", f"--rootdir={ROOT}", *options, *tests],
             cwd=ROOT / "tests",
             env=environment,
             check=False,
