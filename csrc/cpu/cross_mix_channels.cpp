@@ -7,19 +7,20 @@
 //   dX  = dY + A_1ᵀ dY + D_0 X + g (A_2ᵀ dY + D_1 X + g D_2 X)     D_p: twice the gradient of G_p
 //   dg  = Σ_c X (A_2ᵀ dY + D_1 X / 2 + g D_2 X)
 //
-// Floor, per pixel: multiply-adds, and numbers read or written (r + w).
+// Floor, per pixel: multiply-adds, and numbers read (r) or written (w).
 //   G   1.5 C² (three symmetric halves)     C r
 //   Y   2 C²                                C r + C w        forward   3.5 C², 3 C
 //   E   2 C²                                2 C r
 //   dX  5 C²                                2 C r + C w      backward  7 C², 5 C
-// The direct form takes 7 C² + 4 C d multiply-adds forward and twice that backward.
+// and between the passes, per sample, 8 C³ forward and 20 C³ backward (eamnet_kernels/cpu/mixing.py).
+// The direct form takes 7 C² + 4 C d forward and twice that backward.
 //
-// Stored: the Gram matrices (3 C/N of X), which save the backward the first pass. Recomputed: A_1 and
-// A_2, of C x C from C x C. Nothing of the size of X is written but Y and dX: a tile of pixels is
-// loaded once into a panel that stays in the second-level cache.
+// Stored: the Gram matrices (3 C/N of X), which save the backward one pass over X. Recomputed: A_1 and
+// A_2, C x C matrices from C x C matrices. Nothing of the size of X is written but Y and dX: a tile of
+// pixels is copied into a panel that stays in the second-level cache while all that needs it is done.
 //
-// Sums over pixels are exact to the last few bits at any N: per lane within a tile of kTile pixels,
-// tiles of one slab one after the other, slabs in double precision.
+// A sum over pixels is made per lane within a tile of kTile pixels, then tile by tile within a slab,
+// then over slabs in float64: its rounding error does not grow with N beyond the last bits.
 #include <algorithm>
 #include <vector>
 
@@ -80,6 +81,18 @@ void load_gate(const S* gate, int64_t count, T* out) {
   if (n < count) V::load_partial(gate + n, count - n).store(out + n);
 }
 
+// Keeps a value that several operations use in a register. Left to itself GCC loads it anew for each
+// of them, and there are more loads then than the processor can make.
+template <class T>
+EAMNET_INLINE Vec<T> keep(Vec<T> x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x.v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(x.v));
+#endif
+  return x;
+}
+
 // Panels' rows lie this far apart: not a power of two, whose rows would evict one another.
 template <class T>
 constexpr int64_t panel_stride(int64_t pixels) {
@@ -100,8 +113,12 @@ inline constexpr int kLeft = 6;
 inline constexpr int kRight = 2;
 inline constexpr int kBlock = kLeft * kRight;
 
-// Pixels of a tile: kLeft scaled rows and kRight rows of z share the first-level cache.
+// Pixels of a tile: kLeft rows and kRight rows of z share the first-level cache.
 inline constexpr int64_t kTile = 512;
+
+// Rows of all panels here lie this far apart, which the compiler puts into the addresses.
+template <class T>
+constexpr int64_t kStride = panel_stride<T>(kTile);
 
 // sums[q .. kBlock-1] += the sum over the lanes of each accumulator.
 template <int q, class T>
@@ -122,24 +139,26 @@ EAMNET_INLINE void add_lane_sums(const Vec<T>* accumulators, T* sums) {
   }
 }
 
-// sums[c * kLeft + l] += Σ_n left[l, n] right[c, n] over `vectors` vectors.
-template <class T>
+// sums[c * kLeft + p * rows + i] += Σ_n g^p x_i[n] z_c[n] over `vectors` vectors, of rows x_i and z_c
+// kStride apart and g^p x_i, p >= 1, likewise in `scaled`.
+template <int rows, class T>
 EAMNET_INLINE void product_block(
-    const T* left, int64_t stride, const T* const* right, int64_t vectors, T* sums) {
+    const T* x, const T* scaled, const T* z, int64_t vectors, T* sums) {
   using V = Vec<T>;
   V accumulators[kBlock];
 #pragma GCC unroll 32
   for (int q = 0; q < kBlock; ++q) accumulators[q] = V(T(0));
   for (int64_t n = 0; n < vectors * V::width; n += V::width) {
-    V z[kRight];
+    V right[kRight];
 #pragma GCC unroll 4
-    for (int c = 0; c < kRight; ++c) z[c] = V::load(right[c] + n);
+    for (int c = 0; c < kRight; ++c) right[c] = V::load(z + c * kStride<T> + n);
 #pragma GCC unroll 16
     for (int l = 0; l < kLeft; ++l) {
-      const V x = V::load(left + l * stride + n);
+      const T* row = l < rows ? x + l * kStride<T> : scaled + (l - rows) * kStride<T>;
+      const V left = keep(V::load(row + n));
 #pragma GCC unroll 4
       for (int c = 0; c < kRight; ++c) {
-        accumulators[c * kLeft + l] = fma(x, z[c], accumulators[c * kLeft + l]);
+        accumulators[c * kLeft + l] = fma(left, right[c], accumulators[c * kLeft + l]);
       }
     }
   }
@@ -158,11 +177,13 @@ struct Blocks {
   int64_t first_column(int64_t row_block) const {
     return symmetric ? row_block * rows / kRight * kRight : 0;
   }
-  // Blocks before a row block; of row_blocks(), all.
-  int64_t before(int64_t row_block) const {
-    int64_t total = 0;
-    for (int64_t r = 0; r < row_block; ++r) total += ceil_div(channels - first_column(r), kRight);
-    return total;
+  // How many blocks come before each row block, and at the end, how many there are.
+  std::vector<int64_t> offsets() const {
+    std::vector<int64_t> before{0};
+    for (int64_t r = 0; r < row_blocks(); ++r) {
+      before.push_back(before.back() + ceil_div(channels - first_column(r), kRight));
+    }
+    return before;
   }
 };
 
@@ -193,14 +214,15 @@ void products(const GatedProducts& a) {
   constexpr int rows = Blocks<powers>::rows;
   const Cut cuts = cut<powers>(x);
   const int64_t slab = cuts.slab, slabs = cuts.slabs, ranges = cuts.ranges;
-  const int64_t row_blocks = blocks.row_blocks(), total = blocks.before(row_blocks);
-  std::vector<int64_t> offsets(static_cast<size_t>(row_blocks));
-  for (int64_t r = 0; r < row_blocks; ++r) offsets[r] = blocks.before(r);
+  const std::vector<int64_t> offsets = blocks.offsets();
+  const int64_t row_blocks = blocks.row_blocks(), total = offsets.back();
   std::vector<T> partials(static_cast<size_t>(x.batch * slabs * total * kBlock));
 
-  const int64_t stride = panel_stride<T>(std::min(kTile, N));
-  const size_t bytes = 2 * Scratch::bytes<T>(C * stride) + Scratch::bytes<T>(kLeft * stride) +
-      Scratch::bytes<T>(stride);
+  // Blocks reach beyond the last channel, into rows of zeros.
+  static_assert(kRight <= rows);
+  const int64_t panel = (C + rows) * kStride<T>;
+  const size_t bytes =
+      2 * Scratch::bytes<T>(panel) + Scratch::bytes<T>(kLeft * kStride<T>) + Scratch::bytes<T>(kTile);
   parallel_for(x.batch * slabs * ranges, bytes, [&](int64_t chunk, Scratch& scratch) {
     const int64_t range = chunk % ranges, s = chunk / ranges % slabs, b = chunk / ranges / slabs;
     // The row blocks whose first block lies in this range's share of all blocks.
@@ -213,40 +235,39 @@ void products(const GatedProducts& a) {
     const FeatureMap right = channel_range<S>(z, first_column, C - first_column);
     const FeatureMap left = channel_range<S>(x, first_row, last_row - first_row);
 
-    T* gate = scratch.take<T>(stride);
-    T* scaled = scratch.take<T>(kLeft * stride);
-    T* right_panel = scratch.take<T>(C * stride);
-    T* left_panel = powers == 3 ? right_panel + (first_row - first_column) * stride
-                                : scratch.take<T>(C * stride);
+    T* gate = scratch.take<T>(kTile);
+    T* scaled = scratch.take<T>(kLeft * kStride<T>);
+    T* right_panel = scratch.take<T>(panel);
+    T* left_panel = right_panel + (first_row - first_column) * kStride<T>;
+    std::fill_n(right_panel + right.channels * kStride<T>, rows * kStride<T>, T(0));
+    if (!blocks.symmetric) {
+      left_panel = scratch.take<T>(panel);
+      std::fill_n(left_panel + left.channels * kStride<T>, rows * kStride<T>, T(0));
+    }
     T* partial = partials.data() + (b * slabs + s) * total * kBlock;
     const int64_t slab_end = std::min((s + 1) * slab, N);
     for (int64_t first = s * slab; first < slab_end; first += kTile) {
       const int64_t count = std::min(kTile, slab_end - first);
       const int64_t vectors = ceil_div(count, V::width);
       load_gate(static_cast<const S*>(a.gate) + b * N + first, count, gate);
-      load_panel<S>(right, b, first, count, right_panel, stride);
-      if (powers != 3) load_panel<S>(left, b, first, count, left_panel, stride);
+      load_panel<S>(right, b, first, count, right_panel, kStride<T>);
+      if (!blocks.symmetric) load_panel<S>(left, b, first, count, left_panel, kStride<T>);
       for (int64_t r = begin; r < end; ++r) {
-        // scaled[p * rows + i] = g^p x_i. Rows beyond the last repeat it; their sums are not used.
+        const T* x_rows = left_panel + (r * rows - first_row) * kStride<T>;
         for (int i = 0; i < rows; ++i) {
-          const T* from = left_panel + (std::min(r * rows + i, C - 1) - first_row) * stride;
           for (int64_t n = 0; n < vectors * V::width; n += V::width) {
             const V g = V::load(gate + n);
-            V value = V::load(from + n);
-            value.store(scaled + i * stride + n);
+            V value = V::load(x_rows + i * kStride<T> + n);
             for (int p = 1; p < powers; ++p) {
               value *= g;
-              value.store(scaled + (p * rows + i) * stride + n);
+              value.store(scaled + ((p - 1) * rows + i) * kStride<T> + n);
             }
           }
         }
         T* sums = partial + offsets[r] * kBlock;
         for (int64_t j = blocks.first_column(r); j < C; j += kRight, sums += kBlock) {
-          const T* row[kRight];
-          for (int c = 0; c < kRight; ++c) {
-            row[c] = right_panel + (std::min(j + c, C - 1) - first_column) * stride;
-          }
-          product_block(scaled, stride, row, vectors, sums);
+          const T* z_rows = right_panel + (j - first_column) * kStride<T>;
+          product_block<rows>(x_rows, scaled, z_rows, vectors, sums);
         }
       }
     }
@@ -257,17 +278,20 @@ void products(const GatedProducts& a) {
     const int64_t b = chunk / row_blocks, r = chunk % row_blocks;
     const T* sums = partials.data() + (b * slabs * total + offsets[r]) * kBlock;
     for (int64_t j = blocks.first_column(r); j < C; j += kRight, sums += kBlock) {
-      for (int c = 0; c < kRight && j + c < C; ++c) {
-        for (int p = 0; p < powers; ++p) {
-          T* matrix = out + (p * x.batch + b) * C * C;
+      double value[kBlock] = {};
+      for (int64_t s = 0; s < slabs; ++s) {
+        for (int q = 0; q < kBlock; ++q) value[q] += sums[s * total * kBlock + q];
+      }
+      for (int p = 0; p < powers; ++p) {
+        T* matrix = out + (p * x.batch + b) * C * C;
+        for (int64_t column = j; column < std::min(j + kRight, C); ++column) {
+          const double* rows_of = value + (column - j) * kLeft + p * rows;
           for (int64_t i = r * rows; i < std::min((r + 1) * rows, C); ++i) {
-            const T* term = sums + c * kLeft + p * rows + (i - r * rows);
-            double value = 0;
-            for (int64_t s = 0; s < slabs; ++s) value += term[s * total * kBlock];
+            const T v = static_cast<T>(rows_of[i - r * rows]);
             if (!blocks.symmetric) {
-              matrix[i * C + j + c] = static_cast<T>(value);
-            } else if (i <= j + c) {
-              matrix[i * C + j + c] = matrix[(j + c) * C + i] = static_cast<T>(value);
+              matrix[i * C + column] = v;
+            } else if (i <= column) {
+              matrix[i * C + column] = matrix[column * C + i] = v;
             }
           }
         }
@@ -330,12 +354,12 @@ EAMNET_INLINE void mix_block(
     for (int v = 0; v < vectors; ++v) x[v] = V::load(row + v * V::width);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const V a1(a[r]), a2(a[rows + r]);
+      const V a1 = keep(V(a[r]));
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-        by_a1[r][v] = fma(a1, x[v], by_a1[r][v]);
-        by_a2[r][v] = fma(a2, x[v], by_a2[r][v]);
-      }
+      for (int v = 0; v < vectors; ++v) by_a1[r][v] = fma(a1, x[v], by_a1[r][v]);
+      const V a2 = keep(V(a[rows + r]));
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) by_a2[r][v] = fma(a2, x[v], by_a2[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -418,15 +442,17 @@ EAMNET_INLINE void mix_backward_block(
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const V a1(a[r]), a2(a[rows + r]), d0(a[2 * rows + r]), d1(a[3 * rows + r]), d2(a[4 * rows + r]);
+      const auto add = [&](int matrix, const V(&z)[vectors], V(&sum)[vectors])
+                           __attribute__((always_inline)) {
+        const V value = keep(V(a[matrix * rows + r]));
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-        plain[r][v] = fma(a1, dy[v], plain[r][v]);
-        by_a2[r][v] = fma(a2, dy[v], by_a2[r][v]);
-        by_d1[r][v] = fma(d1, x[v], by_d1[r][v]);
-        by_d2[r][v] = fma(d2, x[v], by_d2[r][v]);
-        plain[r][v] = fma(d0, x[v], plain[r][v]);
-      }
+        for (int v = 0; v < vectors; ++v) sum[v] = fma(value, z[v], sum[v]);
+      };
+      add(0, dy, plain[r]);
+      add(1, dy, by_a2[r]);
+      add(2, x, plain[r]);
+      add(3, x, by_d1[r]);
+      add(4, x, by_d2[r]);
     }
   }
 #pragma GCC unroll 8

@@ -273,9 +273,14 @@ inline void load_panel(
   if (!x.channels_last()) {
     for (int64_t c = 0; c < x.channels; ++c) {
       const S* from = x.at<S>(b, c, first);
+      // Rows lie on different pages, beyond which the processor does not prefetch by itself.
+      const S* next = x.at<S>(b, std::min(c + 1, x.channels - 1), first);
       T* to = panel + c * stride;
       int64_t n = 0;
-      for (; n + width <= count; n += width) Vec<T>::load(from + n).store(to + n);
+      for (; n + width <= count; n += width) {
+        __builtin_prefetch(next + n);
+        Vec<T>::load(from + n).store(to + n);
+      }
       if (n < count) Vec<T>::load_partial(from + n, count - n).store(to + n);
     }
     return;

@@ -7,12 +7,9 @@ from torch import Tensor
 
 from eamnet_kernels.backends import Arguments
 from eamnet_kernels.cpu import pixels_in_sequence, refuses
+from eamnet_kernels.cpu.mixing import mix, mix_backward
 from eamnet_kernels.ops.layout import accumulation_dtype, is_channels_last
-from eamnet_kernels.reference.cross_mix_channels import (
-    mixing_matrices,
-    mixing_matrices_backward,
-    working_dtype,
-)
+from eamnet_kernels.reference.cross_mix_channels import working_dtype
 
 _native = torch.ops.eamnet_kernels_native
 
@@ -41,7 +38,7 @@ def forward(
     """The result as `x` lies, and the Gram matrices (3,B,C,C)."""
     pixels, gate = _for_kernels(x, spatial_gate.contiguous())
     grams = _native.cross_mix_channels_grams(pixels, gate)
-    matrices = mixing_matrices(grams, channel_gate, w_spatial, w_channel, w_out, temperature)
+    matrices = mix(grams, channel_gate, w_spatial, w_channel, w_out, temperature).matrices
     out = _native.cross_mix_channels_apply(pixels, gate, matrices, is_channels_last(x))
     return out.to(x.dtype), grams.to(accumulation_dtype(x.dtype))
 
@@ -63,9 +60,13 @@ def backward(
     grad_matrices = _native.cross_mix_channels_grad_matrices(grad, pixels, gate)
     if grad_matrices.dtype != grams.dtype:
         grams = _native.cross_mix_channels_grams(pixels, gate)
-    grad_grams, *grad_weights = mixing_matrices_backward(grad_matrices, grams, *weights)
-    matrices = mixing_matrices(grams, *weights)
+    mixing = mix(grams, *weights)
+    doubled, *grad_weights = mix_backward(grad_matrices, mixing, grams)
     grad_x, grad_gate = _native.cross_mix_channels_apply_backward(
-        grad, pixels, gate, matrices, 2 * grad_grams, is_channels_last(x)
+        grad, pixels, gate, mixing.matrices, doubled, is_channels_last(x)
     )
-    return grad_x.to(x.dtype), grad_gate.to(spatial_gate.dtype), *grad_weights
+    return (
+        grad_x.to(x.dtype),
+        grad_gate.to(spatial_gate.dtype),
+        *(g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True)),
+    )

@@ -1,4 +1,4 @@
-"""What is particular to the CPU kernels of `cross_mix_channels`; the rest is in the conformance suite."""
+"""What is particular to the CPU kernels of `cross_mix_channels`, beside the conformance suite."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 from eamnet_kernels import native
+from eamnet_kernels.cpu.mixing import mix, mix_backward
+from eamnet_kernels.reference.cross_mix_channels import (
+    mixing_matrices,
+    mixing_matrices_backward,
+)
 
 pytestmark = pytest.mark.skipif(not native.load(), reason="the compiled library is not built")
 
@@ -95,3 +100,27 @@ def test_kernels_check_what_they_are_given() -> None:
         kernels().cross_mix_channels_grad_matrices(grad[:, :2], x, gate)
     with pytest.raises(RuntimeError, match="matrices must be"):
         kernels().cross_mix_channels_apply(x, gate, torch.zeros(2, 1, 3, 3), False)
+
+
+@pytest.mark.parametrize(("channels", "heads"), [(12, 3), (8, 1), (1, 1)])
+@pytest.mark.parametrize("dead_row", [False, True])
+def test_the_algebra_is_that_of_the_reference(channels: int, heads: int, dead_row: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, gate = randn(2, channels, 40), randn(2, 1, 40).sigmoid()
+    grams = torch.stack([x * gate**power @ x.mT for power in range(3)])
+    weights = [randn(2, channels).sigmoid(), *(randn(3 * channels, channels) for _ in range(2))]
+    weights += [randn(channels, channels), randn(2, heads)]
+    if dead_row:  # its norm is clamped, and passes no gradient
+        weights[1][0] = weights[2][channels] = 0
+    grad = randn(2, 2, channels, channels)
+    mixing = mix(grams, *weights)
+    torch.testing.assert_close(mixing.matrices, mixing_matrices(grams, *weights))
+    doubled, *grads = mix_backward(grad, mixing, grams)
+    grad_grams, *expected = mixing_matrices_backward(grad, grams, *weights)
+    torch.testing.assert_close(doubled, 2 * grad_grams)
+    for got, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
