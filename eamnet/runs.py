@@ -371,8 +371,8 @@ def _table(summary: Summary) -> str:
 def _default_run_dir(command: str) -> str:
     if command != "fit":
         raise ValueError("run_dir is missing: name the folder of the run with --run_dir")
-    # Lightning starts its further processes with this one's environment.
-    folder = os.environ.get("EAMNET_RUN_DIR")
+    # Lightning starts the further processes of a job with the first one's environment.
+    folder = os.environ.get("EAMNET_RUN_DIR") if "LOCAL_RANK" in os.environ else None
     if folder is None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(

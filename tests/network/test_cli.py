@@ -346,3 +346,13 @@ def test_a_command_without_its_packages_says_what_to_install(
     monkeypatch.setattr(cli.Command, "load", missing)
     assert main(["fit"]) == 2
     assert "eamnet-kernels[train]" in capsys.readouterr().err
+
+
+def test_demo_ends_by_naming_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "demo"
+    assert main(["demo", "--run_dir", str(run), "--epochs", "1", "--pictures", "40"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(str(run.resolve() / "report.html"))
+    assert (run / "report.html").is_file()
+    assert read_summary(run / "test" / "summary.json")["images"] == 8
