@@ -40,7 +40,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (_in_place(t) for t in (q_s, k_s, v_s, q_c, k_c, v_c))
     gate = None if spatial_gate is None else spatial_gate.contiguous()
-    return _native.cross_mix_pixels(*tensors, gate, scale, save_for_backward)  # type: ignore[no-any-return]
+    return _native.cross_mix_pixels(*tensors, gate, scale, save_for_backward)
 
 
 def backward(
@@ -58,6 +58,6 @@ def backward(
 ) -> tuple[Tensor, ...]:
     tensors = (_in_place(t) for t in (grad_out, q_s, k_s, v_s, q_c, k_c, v_c))
     gate = None if spatial_gate is None else spatial_gate.contiguous()
-    return _native.cross_mix_pixels_backward(  # type: ignore[no-any-return]
+    return _native.cross_mix_pixels_backward(
         *tensors, gate, branches.contiguous(), lse.contiguous(), scale
     )

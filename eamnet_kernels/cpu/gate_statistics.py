@@ -16,7 +16,7 @@ def can_run(arguments: Arguments) -> str | None:
 
 def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One pass over `x`, which is not copied if contiguous or channels-last."""
-    return torch.ops.eamnet_kernels_native.gate_statistics(pixels_in_sequence(x))  # type: ignore[no-any-return]
+    return torch.ops.eamnet_kernels_native.gate_statistics(pixels_in_sequence(x))
 
 
 def backward(
@@ -29,7 +29,7 @@ def backward(
     channels_last: bool,
 ) -> Tensor:
     """The gradient of `x`, written in one pass, in the layout that `x` had."""
-    return torch.ops.eamnet_kernels_native.gate_statistics_backward(  # type: ignore[no-any-return]
+    return torch.ops.eamnet_kernels_native.gate_statistics_backward(
         grad_pixel_mean.contiguous(),
         grad_pixel_max.contiguous(),
         grad_channel_mean.contiguous(),
