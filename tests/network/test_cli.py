@@ -348,9 +348,7 @@ def test_a_command_without_its_packages_says_what_to_install(
     assert "eamnet-kernels[train]" in capsys.readouterr().err
 
 
-def test_demo_ends_by_naming_its_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_ends_by_naming_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "demo"
     assert main(["demo", "--run_dir", str(run), "--epochs", "1", "--pictures", "40"]) == 0
     assert capsys.readouterr().out.rstrip().endswith(str(run.resolve() / "report.html"))
