@@ -15,7 +15,6 @@ from bench.timing import WIDE_SPREAD, interleaved, paired_ratio, peak_extra_byte
 from eamnet_kernels import backends, use_backend
 
 INPUT_SETS = 3  # sets of inputs that the rounds rotate through, so that no cache stays warm for one
-WITHOUT_SCORES_ABOVE = 1 << 28  # elements of N x N scores from which the direct form is left out
 
 
 @dataclass(frozen=True)
@@ -96,16 +95,12 @@ def candidates(subject: Subject, case: Case, inputs: Inputs, compiled: bool) -> 
             for last in (False, True) if maps else (False,):
                 label = f"{name}{', channels-last' if last else ''}"
                 found.append(Candidate(label, subject.ours, last, name))
-    tokens = case.get("tokens")
-    if tokens is None or tokens[0] * tokens[1] * tokens[2] ** 2 <= WITHOUT_SCORES_ABOVE:
-        found.append(Candidate("plain", subject.plain))
-        if maps:
-            found.append(Candidate("plain, channels-last", subject.plain, True))
-        if compiled:
-            torch._dynamo.reset()
-            found.append(Candidate("torch.compile", torch.compile(subject.plain, dynamic=False)))
-    for name, function in subject.more.items():
-        found.append(Candidate(name, function))
+    found.append(Candidate("plain", subject.plain))
+    if maps:
+        found.append(Candidate("plain, channels-last", subject.plain, True))
+    if compiled:
+        torch._dynamo.reset()
+        found.append(Candidate("torch.compile", torch.compile(subject.plain, dynamic=False)))
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bench.results import Record
 from bench.timing import geometric_mean
 
-RIVALS = ("plain", "plain, channels-last", "torch.compile", "two scaled_dot_product_attention")
+RIVALS = ("plain", "plain, channels-last", "torch.compile")
 
 
 @dataclass(frozen=True)
