@@ -32,6 +32,9 @@ def declines(arguments: Arguments) -> str | None:
         and torch.cpu._is_amx_tile_supported()
     ):
         return "dense bfloat16 branches were measured faster in oneDNN, which has AMX"
+    if x.dtype == torch.float32 and dense and x.shape[1] >= 256:
+        # 0.90 and 0.77 times plain PyTorch's speed (bench/results/xeon-2core/maps, 2026-11-25).
+        return "dense float32 branches of 64 channels and more were measured faster in oneDNN"
     return None
 
 
