@@ -4,10 +4,31 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace eamnet {
 namespace {
 
-constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx512, Level::avx512_bf16};
+constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx512, Level::avx512_bf16,
+                            Level::amx_bf16};
+
+#if defined(__x86_64__)
+// Linux lets a process use the tile registers, 8 KiB that each thread then saves, only if it asks; it
+// refuses where the processor, the kernel or the virtual machine lacks them. Threads started earlier
+// or later are included.
+bool tiles_permitted() {
+  unsigned int a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned int kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 bool supported(Level level) {
 #if defined(__x86_64__)
@@ -23,6 +44,8 @@ bool supported(Level level) {
           __builtin_cpu_supports("avx512vl");
     case Level::avx512_bf16:
       return supported(Level::avx512) && __builtin_cpu_supports("avx512bf16");
+    case Level::amx_bf16:
+      return supported(Level::avx512_bf16) && tiles_permitted();
   }
   return false;
 #else
@@ -59,6 +82,8 @@ const char* level_name(Level level) {
       return "avx512";
     case Level::avx512_bf16:
       return "avx512_bf16";
+    case Level::amx_bf16:
+      return "amx_bf16";
   }
   return "unknown";
 }

@@ -16,6 +16,9 @@
 // Vectors. Lanes are always the tokens along which nothing is summed: queries in the forward (a row's
 // maximum and sum are then one lane, and nothing is ever reduced across lanes), keys in the backward
 // (gradients of K and V, two of the three, are then accumulated in lanes).
+//
+// bfloat16 is widened to float32 as it is packed, except on the level with AMX tiles, whose kernels
+// are in cross_mix_pixels_amx.h.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -338,8 +341,8 @@ void forward(const CrossMixPixels& a) {
 // the registers, gradients of K and V stay in the cache, that of Q is added to. All five products are
 // made once. The runs of key blocks each have their own dQ, which are added in order at the end: more
 // tasks than heads for the threads, and the same bits for any number of them.
-// The key side's gate is a factor per lane of S and of dO Vᵀ, so K and V themselves stay ungated, as
-// the gradient of the gate, rowsum(dK ⊙ K + dV ⊙ V) over all heads, needs them.
+// The gate's gradient is rowsum(dQ ⊙ Q + dK ⊙ K + dV ⊙ V) over all heads, with dQ, dK, dV those of the
+// gated tensors and Q, K, V without the gate.
 
 template <class T>
 constexpr int64_t kKeyBlock = 2 * kColumnBlock<T>;
@@ -352,7 +355,8 @@ constexpr int64_t kKeysOfTask = 512;
 // width. Reads (and drops) up to 24 rows beyond M in x.
 template <class T, int vectors>
 EAMNET_INLINE void add_narrow_product(
-    int64_t M, int64_t K, const T* x, int64_t x_stride, const T* z, int64_t z_stride, T* y, int64_t y_stride) {
+    int64_t M, int64_t K, const T* x, int64_t x_stride, const T* z, int64_t z_stride, T* y,
+    int64_t y_stride) {
   constexpr int rows = kRowBlock * kColumnVectors / vectors;
   constexpr int width = Vec<T>::width;
   for (int64_t i = 0; i < M; i += rows) {
@@ -437,11 +441,6 @@ struct Backward {
     T* lse;  // times per_unit
     T* delta;
   };
-  static size_t queries_bytes(int64_t padded_queries, int64_t d, int64_t wide) {
-    return 2 * Scratch::bytes<T>(padded_queries * d) + 2 * Scratch::bytes<T>(padded_queries * wide) +
-        2 * Scratch::bytes<T>(padded_queries);
-  }
-
   Queries load_queries(int branch, int64_t b, int64_t h, Scratch& scratch) const {
     const Queries to{
         scratch.take<T>(padded_queries * d),    scratch.take<T>(padded_queries * wide),
@@ -467,8 +466,10 @@ struct Backward {
       T* g_panel = to.g_panels + first * d;
       load_panel<S>(g, b, first, count, g_panel, kQueryBlock);
       scale_columns(g_panel, kQueryBlock, d, count, [&](int64_t n) { return Vec<T>::load(correction + n); });
-      load_rows<S>(q, b, first, count, to.q_rows + first * wide, wide, [&](int64_t n) { return gate[n]; });
-      load_rows<S>(g, b, first, count, to.g_rows + first * wide, wide, [&](int64_t n) { return correction[n]; });
+      load_rows<S>(
+          q, b, first, count, to.q_rows + first * wide, wide, [&](int64_t n) { return gate[n]; });
+      load_rows<S>(
+          g, b, first, count, to.g_rows + first * wide, wide, [&](int64_t n) { return correction[n]; });
       for (int64_t n = first; n < first + count; ++n) {
         const T* row = to.g_rows + n * wide;
         const S* out = o.at<S>(b, 0, n);
@@ -483,15 +484,14 @@ struct Backward {
   void task(int branch, int64_t b, int64_t h, int64_t split, Scratch& scratch) {
     const Queries queries = load_queries(branch, b, h, scratch);
     constexpr int64_t keys = kKeyBlock<T>;
-    T* k = scratch.take<T>(d * keys);        // d × keys, ungated
-    T* v = scratch.take<T>(d * keys);        // d × keys, ungated
-    T* k_rows = scratch.take<T>(keys * wide);  // keys × d, gated
+    T* k = scratch.take<T>(d * keys);        // d × keys
+    T* v = scratch.take<T>(d * keys);        // d × keys
+    T* k_rows = scratch.take<T>(keys * wide);  // keys × d
     T* grad_k = scratch.take<T>(wide * keys);
     T* grad_v = scratch.take<T>(wide * keys);
     T* weights = scratch.take<T>((kQueryBlock + kSpareRows) * keys);      // queries × keys: P
     T* grad_scores = scratch.take<T>((kQueryBlock + kSpareRows) * keys);  // queries × keys: dS
     T* gate = scratch.take<T>(keys);
-    T* gated_unit = scratch.take<T>(keys);
     T* grad_q = grad_q_at(split, branch, b, h);
     const FeatureMap k_map = a.k[branch].at<S>(h), v_map = a.v[branch].at<S>(h);
     const bool gated = branch == 1 && a.gate != nullptr;
@@ -500,9 +500,13 @@ struct Backward {
       const int64_t from = block * keys, count = std::min(keys, N - from);
       const int64_t lanes = round_up(count, Vec<T>::width);
       load_gate<S>(gated ? a.gate : nullptr, N, b, from, count, gate);
-      for (int64_t n = 0; n < lanes; ++n) gated_unit[n] = gate[n] * unit;
       load_panel<S>(k_map, b, from, count, k, keys);
       load_panel<S>(v_map, b, from, count, v, keys);
+      if (gated) {
+        for (T* panel : {k, v}) {
+          scale_columns(panel, keys, d, count, [&](int64_t n) { return Vec<T>::load(gate + n); });
+        }
+      }
       load_rows<S>(k_map, b, from, count, k_rows, wide, [&](int64_t n) { return gate[n]; });
       std::fill_n(grad_k, wide * keys, T(0));
       std::fill_n(grad_v, wide * keys, T(0));
@@ -514,13 +518,13 @@ struct Backward {
         gemm<T>(
             rows, lanes, d, PanelColumns<T>{queries.q_panels + first * d, kQueryBlock}, Rows<T>{k, keys},
             [&](int64_t i, int64_t j, Vec<T> y, auto) __attribute__((always_inline)) {
-              power(fma(y, Vec<T>::load(gated_unit + j), Vec<T>(-lse[i]))).store(weights + i * keys + j);
+              power(fma(y, Vec<T>(unit), Vec<T>(-lse[i]))).store(weights + i * keys + j);
             });
         gemm<T>(
             rows, lanes, d, PanelColumns<T>{queries.g_panels + first * d, kQueryBlock}, Rows<T>{v, keys},
             [&](int64_t i, int64_t j, Vec<T> y, auto) __attribute__((always_inline)) {
-              const Vec<T> centred = fma(y, Vec<T>::load(gate + j), Vec<T>(-delta[i]));
-              (Vec<T>::load(weights + i * keys + j) * centred).store(grad_scores + i * keys + j);
+              const Vec<T> weight = Vec<T>::load(weights + i * keys + j);
+              (weight * (y - Vec<T>(delta[i]))).store(grad_scores + i * keys + j);
             });
         gemm<T>(
             d, lanes, rows, PanelColumns<T>{queries.g_rows + first * wide, wide}, Rows<T>{weights, keys},
@@ -533,6 +537,10 @@ struct Backward {
       }
 
       // dK and dV of the gated keys and values; the gate's factor follows.
+      if (gated) {
+        load_panel<S>(k_map, b, from, count, k, keys);
+        load_panel<S>(v_map, b, from, count, v, keys);
+      }
       const Vec<T> magnitude(std::fabs(scale));
       for (int64_t n = 0; n < lanes; n += Vec<T>::width) {
         const Vec<T> factor = Vec<T>::load(gate + n);
@@ -556,40 +564,46 @@ struct Backward {
   }
 
   // Adds the splits' dQ, in order.
-  void finish_queries(int branch, int64_t b, int64_t h) {
+  void finish_queries(int branch, int64_t b, int64_t h, Scratch& scratch) {
+    constexpr int width = Vec<T>::width;
     const FeatureMap q = a.q[branch].at<S>(h), to = a.grad_q[branch].at<S>(h);
     const bool gated = branch == 0 && a.gate != nullptr;
-    T* sum = grad_q_at(0, branch, b, h);
+    T* sums = grad_q_at(0, branch, b, h);
     for (int64_t split = 1; split < splits; ++split) {
       const T* more = grad_q_at(split, branch, b, h);
-      for (int64_t i = 0; i < N * wide; ++i) sum[i] += more[i];
+      for (int64_t i = 0; i < N * wide; ++i) sums[i] += more[i];
     }
+    T* given = scratch.take<T>(wide);
     for (int64_t n = 0; n < N; ++n) {
-      const T* row = sum + n * wide;
-      const S* at = q.at<S>(b, 0, n);
-      S* out = to.mutable_at<S>(b, 0, n);
-      const T gate = gated ? T(widen(static_cast<const S*>(a.gate)[b * N + n])) : T(1);
-      T share = 0;
-      for (int64_t c = 0; c < d; ++c) {
-        const T gradient = row[c] * scale;
-        out[c] = narrow<S>(gradient * gate);
-        if (gated) share += gradient * T(widen(at[c * q.channel_stride]));
+      if (gated) load_rows<S>(q, b, n, 1, given, wide, [](int64_t) { return T(1); });
+      const Vec<T> gate(gated ? T(widen(static_cast<const S*>(a.gate)[b * N + n])) : T(1));
+      Vec<T> share(T(0));
+      for (int64_t c = 0; c < d; c += width) {
+        const Vec<T> gradient = Vec<T>::load(sums + n * wide + c) * Vec<T>(scale);
+        if (gated) share = fma(gradient, Vec<T>::load(given + c), share);
+        (gradient * gate).store_partial(to.mutable_at<S>(b, c, n), std::min<int64_t>(width, d - c));
       }
-      if (gated) grad_gate_at(0, b, h)[n] = share;
+      if (gated) grad_gate_at(0, b, h)[n] = sum(share);
     }
   }
 
-  void run() {
+  size_t scratch_bytes() const {
     constexpr int64_t keys = kKeyBlock<T>;
-    const size_t bytes = queries_bytes(padded_queries, d, wide) + 2 * Scratch::bytes<T>(d * keys) +
+    return 2 * Scratch::bytes<T>(padded_queries * d) + 2 * Scratch::bytes<T>(padded_queries * wide) +
+        2 * Scratch::bytes<T>(padded_queries) + 2 * Scratch::bytes<T>(d * keys) +
         3 * Scratch::bytes<T>(wide * keys) +
-        2 * Scratch::bytes<T>((kQueryBlock + kSpareRows) * keys) + 2 * Scratch::bytes<T>(keys);
+        2 * Scratch::bytes<T>((kQueryBlock + kSpareRows) * keys) + Scratch::bytes<T>(keys);
+  }
+
+  // Runs work(branch, b, h, split, scratch) for every task, then adds up what tasks share.
+  template <class Work>
+  void run(size_t bytes, Work work) {
     parallel_for(B * H * 2 * splits, bytes, [&](int64_t chunk, Scratch& scratch) {
       const int64_t head = chunk / (2 * splits);
-      task(static_cast<int>(chunk / splits % 2), head / H, head % H, chunk % splits, scratch);
+      work(static_cast<int>(chunk / splits % 2), head / H, head % H, chunk % splits, scratch);
     });
-    parallel_for(B * H * 2, 0, [&](int64_t chunk, Scratch&) {
-      finish_queries(static_cast<int>(chunk % 2), chunk / 2 / H, chunk / 2 % H);
+    parallel_for(B * H * 2, Scratch::bytes<T>(wide), [&](int64_t chunk, Scratch& scratch) {
+      finish_queries(static_cast<int>(chunk % 2), chunk / 2 / H, chunk / 2 % H, scratch);
     });
     if (a.gate == nullptr) return;
     parallel_for(B, 0, [&](int64_t b, Scratch&) {
@@ -603,13 +617,34 @@ struct Backward {
 };
 
 }  // namespace
+}  // namespace EAMNET_LEVEL
+}  // namespace eamnet
+
+#if defined(__AMX_BF16__)
+#include "cpu/cross_mix_pixels_amx.h"
+#endif
+
+namespace eamnet {
+namespace EAMNET_LEVEL {
 
 void cross_mix_pixels(const CrossMixPixels& arguments) {
+#if defined(__AMX_BF16__)
+  if (arguments.out.first.dtype == DType::bfloat16) return TileForward{arguments}.run();
+#endif
   visit(arguments.out.first.dtype, [&]<class S>() { forward<S>(arguments); });
 }
 
 void cross_mix_pixels_backward(const CrossMixPixelsBackward& arguments) {
-  visit(arguments.grad_out.first.dtype, [&]<class S>() { Backward<S>{arguments}.run(); });
+#if defined(__AMX_BF16__)
+  if (arguments.grad_out.first.dtype == DType::bfloat16) return TileBackward{{arguments}}.run();
+#endif
+  visit(arguments.grad_out.first.dtype, [&]<class S>() {
+    Backward<S> backward{arguments};
+    backward.run(
+        backward.scratch_bytes(), [&](int branch, int64_t b, int64_t h, int64_t split, Scratch& scratch) {
+          backward.task(branch, b, h, split, scratch);
+        });
+  });
 }
 
 }  // namespace EAMNET_LEVEL
