@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class Evaluation:
         summary = summarise(rows)
         write_csv(rows, folder / "per_image.csv")
         write_summary(summary, folder / "summary.json")
+        shutil.rmtree(folder / "pictures", ignore_errors=True)  # another choice of an earlier time
         for name in {i for ids in select_pictures(rows).values() for i in ids}:
             image, _ = self.data.source.load(self.data.source[name])
             truth = self.data.native_mask(name)

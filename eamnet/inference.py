@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from eamnet.data.source import IMAGE_EXTENSIONS, UnreadablePictureError, read_image
 from eamnet.data.transforms import resize_image, to_float
 from eamnet.metrics import THRESHOLD, write_atomic
-from eamnet.model import EAMNet, EAMNetConfig, available_weights
+from eamnet.model import EAMNet, EAMNetConfig, weights_metadata
 from eamnet.report import outline_overlay
 
 __all__ = [
@@ -172,17 +170,8 @@ def _load(checkpoint: str | os.PathLike[str]) -> tuple[EAMNet, int | None]:
 
         content = load_checkpoint(path)
         return _from_checkpoint(content, path), content.get("eamnet", {}).get("size")
-    if path.suffix != ".safetensors" and str(checkpoint) not in available_weights():
-        raise FileNotFoundError(
-            f"checkpoint {str(checkpoint)!r} is neither a .ckpt nor a .safetensors file nor one "
-            f"of the bundled weights: {', '.join(available_weights()) or 'there are none'}"
-        )
-    model = EAMNet.from_pretrained(checkpoint)
-    size = None
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            size = (file.metadata() or {}).get(_SIZE_KEY)
-    return model, int(size) if size else None
+    size = weights_metadata(checkpoint).get(_SIZE_KEY)
+    return EAMNet.from_pretrained(checkpoint), int(size) if size else None
 
 
 def _from_checkpoint(content: dict[str, Any], path: str | os.PathLike[str]) -> EAMNet:
@@ -208,14 +197,8 @@ def export_weights(checkpoint: str | os.PathLike[str], path: str | os.PathLike[s
         The file's path.
     """
     model, size = _load(checkpoint)
-    path = model.save_pretrained(path)
-    if size is not None:
-        # Weights that do not say at which size they were trained are used at the wrong one.
-        with safe_open(path, framework="pt") as file:
-            metadata = {**file.metadata(), _SIZE_KEY: str(size)}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        save_file(tensors, path, metadata=metadata)
-    return path
+    # Weights that do not say at which size they were trained are used at the wrong one.
+    return model.save_pretrained(path, metadata={_SIZE_KEY: str(size)} if size else None)
 
 
 def predict(arguments: list[str]) -> int:

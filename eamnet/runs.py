@@ -236,6 +236,8 @@ class _RunCLI(LightningCLI):
             given = "best"
         if given == "last":
             found = last_whole_checkpoint(folder)
+            if found is None and self.command != "fit":
+                raise FileNotFoundError(f"{folder} holds no checkpoint")
             if found is None:
                 rank_zero_info(f"{folder} holds no checkpoint yet: starting from the beginning")
             return found
@@ -288,12 +290,11 @@ class _RunCLI(LightningCLI):
         return [best, last]
 
     def _loggers(self) -> list[Any]:
-        metrics = self.run_dir / "metrics.csv"
-        # The CSV logger starts its file anew: a resumed run puts back what belongs to the epochs
-        # before its checkpoint.
-        rows = _metrics_before(metrics, self.resumed_step)
         table = CSVLogger(self.run_dir, name="", version="", flush_logs_every_n_steps=1)
-        if _rank() == 0 and rows:
+        if _rank() == 0:
+            # The CSV logger starts its file anew: a resumed run puts back what belongs to the
+            # epochs before its checkpoint.
+            rows = _metrics_before(self.run_dir / "metrics.csv", self.resumed_step)
             table.experiment.metrics.extend(rows)
             table.save()
         return [table, TensorBoardLogger(self.run_dir, name="tensorboard", version="")]
@@ -408,10 +409,9 @@ def _metrics_before(path: Path, step: int) -> list[dict[str, Any]]:
     """Rows of a metrics.csv logged before optimiser step ``step``; without a torn last line."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    whole_lines, _, _ = path.read_text().rpartition("\n")
     return [
         {key: value for key, value in row.items() if value != ""}
-        for row in rows
-        if row["step"].isdigit() and int(row["step"]) < step
+        for row in csv.DictReader(whole_lines.splitlines())
+        if int(row["step"]) < step
     ]

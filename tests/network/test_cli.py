@@ -201,6 +201,7 @@ def test_test_evaluates_the_test_part_and_says_where(
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     before = (run / "metrics.csv").read_text()
+    (run / "test" / "pictures" / "old").mkdir(parents=True)  # of an earlier evaluation
     assert main(["test", "--run_dir", str(run)]) == 0
     said = capsys.readouterr().out
     assert f"report: {run / 'report.html'}" in said
@@ -210,6 +211,7 @@ def test_test_evaluates_the_test_part_and_says_where(
     assert {row.resolution for row in rows} == {"network", "native"}
     assert read_summary(run / "test" / "summary.json")["images"] == len(split["test"])
     assert list((run / "test" / "pictures").glob("*/prediction.png"))
+    assert not (run / "test" / "pictures" / "old").exists()
     assert (run / "metrics.csv").read_text() == before
     dice = read_summary(run / "test" / "summary.json")["resolutions"]["native"]["macro"]["mean"]
     assert f"{dice['dice']['value']:.4f}" in said
@@ -240,6 +242,7 @@ def test_another_data_set_is_evaluated_in_its_own_place(trained: Path, tmp_path:
         (["fit", "--run_dir", "RUN"], "--ckpt_path last"),
         (["test"], "--run_dir"),
         (["test", "--run_dir", "RUN", "--data.num_classes", "3"], "num_classes=1"),
+        (["test", "--run_dir", "EMPTY", "--ckpt_path", "last"], "holds no checkpoint"),
         (["test", "--run_dir", "RUN", "--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
         (
             ["fit", "--data.dataset", "folder", "--data.root", "/nowhere", "--run_dir", "X"],
@@ -259,8 +262,8 @@ def test_mistakes_are_told_in_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EAMNET_TRACEBACK", raising=False)
-    required = [] if "--data.dataset" in words else ["--data.dataset", "synthetic"]
-    required = [] if "RUN" in words else required
+    data_known = "--data.dataset" in words or "RUN" in words
+    required = [] if data_known else ["--data.dataset", "synthetic"]
     words = [str(trained) if word == "RUN" else word for word in words]
     assert main([*words, *required]) == 2
     error = capsys.readouterr().err

@@ -89,6 +89,11 @@ def killed(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resume(killed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(killed, folder)
+    # What a kill in the middle of a write leaves: a part of a row and of a checkpoint.
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("2,,9,0.1")
+    leftover = folder / "checkpoints" / ".last-epoch=0002.ckpt.123.tmp"
+    leftover.write_bytes(b"half")
     monkeypatch.syspath_prepend(str(killed.parent))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -97,6 +102,7 @@ def resume(killed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
+    assert not leftover.exists()
     return folder
 
 
