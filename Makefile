@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -type f) eamnet_kernels/ops/schemas.py
 
-.PHONY: venv build demo test lint sanitize wheel clean
+.PHONY: venv build demo test lint sanitize tables wheel clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -53,6 +53,10 @@ test: lint build
 # The compiled operators' tests under each sanitizer, in copies of the package under build/.
 sanitize: build
 	$(BIN)/python tests/packaging/sanitize.py
+
+# The benchmark's tables in the pages, from the committed result files.
+tables: build
+	$(BIN)/python -m bench.readme
 
 wheel: build
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -68,7 +68,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     if "operators" in parts:
         ceilings = {dtype: floor.measure(dtype, device) for dtype in dtypes}
-        rows = []
+        rows: list[results.Record] = []
+        contents["operators"] = {
+            "environment": facts,
+            "ceilings": {
+                str(d).removeprefix("torch."): {"copy": c.copy, "gemm": c.gemm}
+                for d, c in ceilings.items()
+            },
+            "rows": rows,
+        }
         for row in operators.run(
             names, modes, dtypes, device, ceilings, options.quick, shape, rounds, budget, compiled,
             options.backend,
@@ -81,14 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{row.candidate:32} {time} {ratio}{' noisy' if row.noisy else ''}",
                 flush=True,
             )
-        contents["operators"] = {
-            "environment": facts,
-            "ceilings": {
-                str(d).removeprefix("torch."): {"copy": c.copy, "gemm": c.gemm}
-                for d, c in ceilings.items()
-            },
-            "rows": rows,
-        }
+            results.write(options.output, "operators", contents["operators"])  # a stop loses no row
         found = summary.comparisons(rows)
         problems = summary.failures(rows, found)
         print()
@@ -97,8 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
         from bench import network
 
         size, batch = (64, 2) if options.quick else (256, 8)
-        rows = network.measure(size, batch, max(3, rounds // 2), 4 * budget, compiled)
-        contents["network"] = {"environment": facts, "rows": rows}
+        measured = network.measure(size, batch, max(3, rounds // 2), 4 * budget, compiled)
+        contents["network"] = {"environment": facts, "rows": measured}
+        print()
+        print(summary.network_markdown(measured))
     if "sweeps" in parts:
         from bench import sweeps
 

@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-import eamnet_kernels.modules as library
 from bench.results import Record
+from bench.subjects import direct_definitions
 from bench.timing import WIDE_SPREAD, interleaved, paired_ratio, peak_extra_bytes
 from eamnet.complexity import count_complexity
 from eamnet.losses import SegmentationLoss
 from eamnet.model import EAMNet, EAMNetConfig, EAMNetOutput
-from eamnet_kernels.functional import GateStatistics
-from eamnet_kernels.reference import (
-    cross_mix_channels,
-    cross_mix_pixels,
-    external_memory,
-    multi_dilation_conv,
-)
-
-
-@contextlib.contextmanager
-def direct_definitions() -> Iterator[None]:
-    """EAM-Net in plain PyTorch: the modules call the definitions as one writes them down."""
-
-    def gates(x: Tensor) -> GateStatistics:
-        pixels = x.flatten(2)
-        return GateStatistics(x.mean(1, True), x.max(1, True)[0], pixels.mean(2), pixels.max(2)[0])
-
-    def pixels(*tokens: Tensor) -> Tensor:
-        return cross_mix_pixels.direct(*tokens, tokens[0].shape[3] ** -0.5)  # type: ignore[call-arg]
-
-    def conv(x: Tensor, w: list[Tensor], p: Tensor, dilations: Any, activation: str) -> Tensor:
-        return multi_dilation_conv.direct(x, w, p, None, dilations, activation)
-
-    with (
-        mock.patch.object(library.cmam, "gate_statistics", gates),
-        mock.patch.object(library.cmam, "cross_mix_pixels", pixels),
-        mock.patch.object(library.cmam, "cross_mix_channels", cross_mix_channels.direct),
-        mock.patch.object(library.eab, "external_memory", external_memory.direct),
-        mock.patch.object(library.mrcf, "multi_dilation_conv", conv),
-    ):
-        yield
 
 
 def rivals() -> dict[str, Callable[[], nn.Module]]:
@@ -81,6 +49,7 @@ def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -
         "EAM-Net, plain": EAMNet,
         "EAM-Net, plain, channels-last": EAMNet,
         "without MRCF, CMAM, EAB": lambda: EAMNet(plain_config),
+        "without MRCF, CMAM, EAB, channels-last": lambda: EAMNet(plain_config),
         **rivals(),
     }
     if compiled:

@@ -23,7 +23,7 @@ class Comparison:
     best: str  # the rival's name
     fastest_backend: str
     chosen_backend: str
-    percent_of_floor: float
+    percent_of_floor: float | None  # None for modules, whose work is not counted
     noisy: bool
 
     @property
@@ -102,10 +102,29 @@ def markdown(found: list[Comparison]) -> str:
     for (subject, dtype, mode), mean in means(found).items():
         group = [c for c in found if (c.subject, c.dtype, c.mode) == (subject, dtype, mode)]
         speedups = sorted(c.speedup for c in group)
-        floors = sorted(c.percent_of_floor for c in group)
+        floors = sorted(c.percent_of_floor for c in group if c.percent_of_floor is not None)
+        floor = f"{floors[0]:.0f}–{floors[-1]:.0f}" if floors else "–"
         words = "forward" if mode == "forward" else "forward + backward"
         lines.append(
             f"| `{subject}` | {dtype} | {words} | {mean:.2f}× | "
-            f"{speedups[0]:.2f}–{speedups[-1]:.2f}× | {floors[0]:.0f}–{floors[-1]:.0f} |"
+            f"{speedups[0]:.2f}–{speedups[-1]:.2f}× | {floor} |"
+        )
+    return "\n".join(lines)
+
+
+def network_markdown(rows: list[Record]) -> str:
+    """The networks' table: time, its ratio to EAM-Net's, size and memory."""
+    lines = [
+        "| network | mode | size, batch | median ms | times EAM-Net's time [95 %] | parameters, M "
+        "| MACs, G | peak extra MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        memory = "–" if r["peak_extra_mb"] is None else f"{r['peak_extra_mb']:.0f}"
+        macs = "–" if r["macs"] is None else f"{r['macs'] / 1e9:.1f}"
+        lines.append(
+            f"| {r['network']} | {r['mode']} | {r['size']}², {r['batch']} | {r['median_ms']:.0f} | "
+            f"{r['times_ours']:.2f} [{r['times_ours_low']:.2f}, {r['times_ours_high']:.2f}] | "
+            f"{r['parameters'] / 1e6:.2f} | {macs} | {memory} |"
         )
     return "\n".join(lines)

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 MIN_SECONDS = 0.02  # of one measurement: short calls are repeated until they take that long
+INPUT_SETS = 3  # of one candidate: the rounds rotate through them, so no cache stays warm for one
 WIDE_SPREAD = 0.3  # (p80 - p20) / median from which a row is marked as saying little
 
 Call = Callable[[int], object]
-"""`call(round)` runs the candidate once on that round's inputs."""
+"""`call(index)` runs the candidate once on inputs `index % INPUT_SETS`."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +56,85 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved(
-    candidates: Mapping[str, Call], rounds: int, device: torch.device, budget: float
-) -> dict[str, Times]:
-    """Time every candidate once per round; stop early when `budget` seconds are used up.
+class Clock:
+    """Seconds per call of one candidate: by the wall on a CPU, by events on a GPU.
 
-    Each is run twice before (compilation, allocation, choice of algorithms), and its repetitions
-    are set from that. At least three rounds are made whatever the budget.
+    On a GPU every call finds a cold L2: a buffer of twice its size is written before it, outside
+    the events. A call shorter than `GRAPH_BELOW` is replayed as a CUDA graph, one for each of its
+    `INPUT_SETS`, where it can be captured, so that what is timed is the kernels and not the queue.
     """
-    repetitions: dict[str, int] = {}
-    for name, call in candidates.items():
+
+    GRAPH_BELOW = 1e-3
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        self.call = call
+        self.device = device
+        self.graphs: list[torch.cuda.CUDAGraph] = []
         call(0)
         synchronize(device)
         start = time.perf_counter()
         call(1)
         synchronize(device)
         once = time.perf_counter() - start
-        repetitions[name] = max(1, round(MIN_SECONDS / max(once, 1e-7)))
-    order = list(candidates)
+        self.repetitions = max(1, round(MIN_SECONDS / max(once, 1e-7)))
+        if device.type == "cuda":
+            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.empty(size, dtype=torch.int8, device=device)
+            self.repetitions = min(self.repetitions, 20)
+            if once < self.GRAPH_BELOW:
+                self.graphs = self._capture()
+
+    def _capture(self) -> list[torch.cuda.CUDAGraph]:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for index in range(INPUT_SETS):
+                self.call(index)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graphs = []
+        try:
+            for index in range(INPUT_SETS):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self.call(index)
+                graphs.append(graph)
+        except RuntimeError:  # it synchronizes, or allocates in a way that cannot be replayed
+            torch.cuda.synchronize(self.device)
+            return []
+        return graphs
+
+    def seconds(self, first: int) -> float:
+        """Mean over this clock's repetitions, on the inputs from `first` on."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            for index in range(first, first + self.repetitions):
+                self.call(index)
+            return (time.perf_counter() - start) / self.repetitions
+        pairs = []
+        for index in range(first, first + self.repetitions):
+            self.flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            if self.graphs:
+                self.graphs[index % INPUT_SETS].replay()
+            else:
+                self.call(index)
+            end.record()
+            pairs.append((begin, end))
+        torch.cuda.synchronize(self.device)
+        return sum(b.elapsed_time(e) for b, e in pairs) / 1e3 / self.repetitions
+
+
+def interleaved(
+    candidates: Mapping[str, Call], rounds: int, device: torch.device, budget: float
+) -> dict[str, Times]:
+    """Time every candidate once per round; stop early when `budget` seconds are used up.
+
+    Each is run twice before (compilation, allocation, choice of algorithms). At least three rounds
+    are made whatever the budget.
+    """
+    clocks = {name: Clock(call, device) for name, call in candidates.items()}
+    order = list(clocks)
     seconds: dict[str, list[float]] = {name: [] for name in order}
     deadline = time.perf_counter() + budget
     gc.collect()
@@ -80,12 +142,7 @@ def interleaved(
     try:
         for index in range(rounds):
             for name in order[index % len(order) :] + order[: index % len(order)]:
-                call, count = candidates[name], repetitions[name]
-                start = time.perf_counter()
-                for repetition in range(count):
-                    call(index + repetition)
-                synchronize(device)
-                seconds[name].append((time.perf_counter() - start) / count)
+                seconds[name].append(clocks[name].seconds(index))
             if index >= 2 and time.perf_counter() > deadline:
                 break
     finally:

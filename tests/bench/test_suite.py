@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import compare, results, summary
+from bench import compare, readme, results, summary
 from bench.__main__ import main
 from bench.floor import Ceilings, count
 from bench.operators import measure
@@ -148,3 +149,57 @@ def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert exit_.value.code == 2
     assert "gate_statistics" in capsys.readouterr().err
+
+
+def test_tables_in_the_pages_are_those_of_the_result_files() -> None:
+    assert readme.main(["--check"]) == 0
+
+
+def test_a_table_is_renewed_between_its_marks(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "ROOT", quick)
+    mark = "<!-- table: operators.json -->"
+    page = readme.renewed(f"before\n{mark}\nold, typed\n<!-- end -->\nafter")
+    assert "typed" not in page
+    assert "| `gate_statistics` | float32 | forward |" in page
+    assert page.startswith(f"before\n{mark}\n")
+    assert page.endswith("<!-- end -->\nafter")
+    assert readme.renewed(page) == page
+
+
+@pytest.mark.parametrize("name", ["CMAM", "EAB", "MRCF"])
+@pytest.mark.parametrize("mode", ["forward", "both"])
+def test_a_module_is_right_and_its_plain_form_another_computation(name: str, mode: str) -> None:
+    rows = list(
+        measure(
+            SUBJECTS[name], {"shape": (2, 16, 12, 12)}, mode, torch.float32, CPU,
+            Ceilings(1e10, 1e11), 3, 0.1, False, memory=False,
+        )
+    )  # fmt: skip
+    assert {r.candidate for r in rows if r.ours} == {"auto", "auto, channels-last"}
+    assert all(r.correct and r.chosen for r in rows if r.ours)
+    assert all(r.floor_ms is None for r in rows)
+
+
+def test_direct_definitions_replace_every_operator_of_the_modules() -> None:
+    called = []
+    for operator in ("gate_statistics", "cross_mix_channels", "external_memory"):
+        assert getattr(torch.ops.eamnet_kernels, operator)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for name in ("CMAM", "EAB", "MRCF"):
+        subject = SUBJECTS[name]
+        case = {"shape": (1, 16, 8, 8)}
+        inputs = subject.make(case, lambda *shape: torch.randn(shape))
+        with torch.no_grad(), Watch(), subject.scope():
+            subject.plain(inputs, case)
+        assert not any("eamnet_kernels" in c for c in called)
+        with torch.no_grad(), Watch():
+            subject.ours(inputs, case)
+        assert any("eamnet_kernels" in c for c in called), name
+        called.clear()
