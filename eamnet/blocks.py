@@ -48,9 +48,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv1 = _conv(in_channels, out_channels, 3)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn1: nn.Module = nn.BatchNorm2d(out_channels)
         self.conv2 = _conv(out_channels, out_channels, 3)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2: nn.Module = nn.BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = nn.Sequential(

@@ -21,8 +21,12 @@ class EAB(nn.Module):
         memory_size: S, the number of memory slots.
         top_k: channels of largest L1 norm that are kept; C/2 by default, C keeps all.
 
+    `w_in` is None in a network folded for inference, whose `memory_key` has it as a factor.
+
     Shapes: (B,C,H,W) -> (B,C,H,W); any dtype and layout the operators take.
     """
+
+    w_in: nn.Parameter | None
 
     def __init__(self, channels: int, memory_size: int = 64, top_k: int | None = None) -> None:
         super().__init__()
@@ -39,21 +43,21 @@ class EAB(nn.Module):
         self.memory_key = nn.Parameter(torch.empty(memory_size, channels))
         self.memory_value = nn.Parameter(torch.empty(memory_size, channels))
         self.w_out = nn.Parameter(torch.empty(channels, channels))
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm: nn.Module = nn.BatchNorm2d(channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights as `nn.Linear` draws its own: uniform within 1/sqrt(fan in)."""
         for weight in (self.w_in, self.memory_key, self.w_out):
+            assert weight is not None
             nn.init.uniform_(weight, -1 / math.sqrt(self.channels), 1 / math.sqrt(self.channels))
         bound = 1 / math.sqrt(self.memory_size)
         nn.init.uniform_(self.memory_value, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C,H,W)."""
-        attended = external_memory(
-            x, self.memory_key @ self.w_in, self.memory_value, self.w_out, self.top_k
-        )
+        key = self.memory_key if self.w_in is None else self.memory_key @ self.w_in
+        attended = external_memory(x, key, self.memory_value, self.w_out, self.top_k)
         return torch.relu(self.norm(attended) + x)
 
     def extra_repr(self) -> str:

@@ -20,8 +20,13 @@ class MRCF(nn.Module):
         depthwise: one filter per channel (cheap) instead of dense filters inside each group.
         activation: after each branch, "relu", "silu" or "identity".
 
+    `bias` (C) of the 1x1 convolution is None, because the batch norm would remove it; a network
+    folded for inference, whose norm is the identity, has one.
+
     Shapes: (B,C,H,W) -> (B,C,H,W); any dtype and layout the operators take.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -46,7 +51,8 @@ class MRCF(nn.Module):
         shape = (group, 1 if depthwise else group, 3, 3)
         self.w_branches = nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in self.dilations)
         self.w_point = nn.Parameter(torch.empty(channels, channels))
-        self.norm = nn.BatchNorm2d(channels)
+        self.register_parameter("bias", None)
+        self.norm: nn.Module = nn.BatchNorm2d(channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -63,6 +69,7 @@ class MRCF(nn.Module):
             x,
             list(self.w_branches),
             self.w_point,
+            self.bias,
             dilations=self.dilations,
             activation=self.activation,
         )
