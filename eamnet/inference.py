@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eamnet.data.source import IMAGE_EXTENSIONS, UnreadablePictureError, read_image
 from eamnet.data.transforms import resize_image, to_float
+from eamnet.folding import fold, native_bfloat16
 from eamnet.metrics import THRESHOLD, write_atomic
 from eamnet.model import EAMNet, EAMNetConfig, weights_metadata
 from eamnet.report import outline_overlay
@@ -31,7 +32,7 @@ __all__ = [
     "probabilities",
 ]
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16", "auto"]
 DEFAULT_SIZE = 256
 """Network size where the weights do not say at which they were trained: the paper's."""
 _SIZE_KEY = "eamnet_size"
@@ -70,11 +71,12 @@ class Predictor:
     """A trained network, from a picture of any size to probabilities at that size.
 
     Args:
-        model: the network; it is put into evaluation mode and moved.
+        model: the network; it stays as it is, a folded copy (:func:`eamnet.folding.fold`) runs.
         size: side in pixels of the square to which pictures are resized for the network, as in
             training.
         device: where it runs.
-        precision: ``float32``, or autocast to ``bfloat16`` or ``float16``.
+        precision: dtype of the folded network: ``float32``, ``bfloat16`` or ``float16``; ``auto``
+            is ``bfloat16`` where the device multiplies it natively, else ``float32``.
 
     Raises:
         ValueError: ``size`` is not positive or ``precision`` is unknown.
@@ -92,9 +94,11 @@ class Predictor:
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
         self.device = torch.device(device)
-        self.model = model.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        self.size = size
+        if precision == "auto":
+            precision = "bfloat16" if native_bfloat16(self.device) else "float32"
         self.dtype: torch.dtype = getattr(torch, precision)
+        self.model = fold(model, self.dtype).to(self.device)
+        self.size = size
 
     @classmethod
     def from_file(
@@ -148,10 +152,8 @@ class Predictor:
         for image in images:
             _check_image(image)
         x = torch.stack([to_float(resize_image(image, self.size)) for image in images])
-        x = x.to(self.device).contiguous(memory_format=torch.channels_last)
-        enabled = self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
-            logits = self.model(x)
+        x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        logits = self.model(x)
         for index, image in enumerate(images):
             yield probabilities(logits[index : index + 1], image.shape[:2])
 
@@ -245,7 +247,8 @@ def predict_files(
         size: side of the square that the network sees; default: as in training.
         batch_size: pictures in one pass of the network.
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes an accelerator where there is one.
-        precision: ``float32``, or autocast to ``bfloat16`` or ``float16``.
+        precision: dtype of the network: ``float32``, ``bfloat16`` or ``float16``; ``auto`` is
+            ``bfloat16`` where the device multiplies it natively, else ``float32``.
 
     Returns:
         0, or 1 if a picture failed.

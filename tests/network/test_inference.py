@@ -84,6 +84,24 @@ def test_low_precision_is_close(weights: Path, predictor: Predictor) -> None:
     assert np.abs(low - predictor(image)).max() < 0.1
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_takes_bfloat16_where_the_processor_has_it(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("eamnet.inference.native_bfloat16", lambda device: native)
+    predictor = Predictor.from_file(weights, precision="auto")
+    assert predictor.dtype == dtype
+    assert next(predictor.model.parameters()).dtype == dtype
+
+
+def test_the_network_given_is_left_as_it_is(weights: Path) -> None:
+    model = EAMNet.from_pretrained(weights).train()
+    expected = Predictor.from_file(weights)(picture())
+    assert np.array_equal(Predictor(model, size=32)(picture()), expected)
+    assert model.training
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+
+
 def test_checkpoint_and_exported_weights_agree(
     trained: Path, weights: Path, tmp_path: Path
 ) -> None:
