@@ -30,4 +30,5 @@ def pixels_in_sequence(x: Tensor) -> Tensor:
     rows_join = height == 1 or width == 1 or row_stride == width * column_stride
     if rows_join and (pixel_stride == 1 or channel_stride == 1 or channels == 1):
         return x
-    return x.contiguous()
+    # Not contiguous(): it returns a view without elements as it is, whatever its strides.
+    return x.clone(memory_format=torch.contiguous_format)

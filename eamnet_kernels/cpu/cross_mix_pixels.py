@@ -24,7 +24,8 @@ def _in_place(t: Tensor) -> Tensor:
     tokens, channels = t.shape[2:]
     token_stride, channel_stride = t.stride()[2:]
     adjacent = channels == 1 or channel_stride == 1 or tokens == 1 or token_stride == 1
-    return t if adjacent else t.contiguous()
+    # Not contiguous(): it returns a view without elements as it is, whatever its strides.
+    return t if adjacent else t.clone(memory_format=torch.contiguous_format)
 
 
 def forward(
