@@ -13,6 +13,7 @@ from bench.results import Record
 from bench.subjects import direct_definitions
 from bench.timing import WIDE_SPREAD, interleaved, paired_ratio, peak_extra_bytes
 from eamnet.complexity import count_complexity
+from eamnet.folding import fold, native_bfloat16
 from eamnet.losses import SegmentationLoss
 from eamnet.model import EAMNet, EAMNetConfig, EAMNetOutput
 
@@ -39,21 +40,40 @@ def _logits(output: Any) -> tuple[Tensor, Tensor | None]:
     return tuple(output) if isinstance(output, EAMNetOutput) else (output, None)  # type: ignore[return-value]
 
 
-def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -> list[Record]:
-    """Training step at `batch` and inference at batch 1: ours, the direct definitions, others."""
-    torch.manual_seed(0)
-    plain_config = EAMNetConfig(mrcf=False, cmam="none", eab=False)
-    builders: dict[str, Callable[[], nn.Module]] = {
+# Largest error of a logit, over the largest logit in float64, from which a network is wrong:
+# float32's rounding through some sixty layers, and bfloat16's.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+def _builders(compiled: bool, inference: bool) -> dict[str, Callable[[], nn.Module]]:
+    """What is compared; a name says by its words how the network is run."""
+    without = EAMNetConfig(mrcf=False, cmam="none", eab=False)
+    found: dict[str, Callable[[], nn.Module]] = {
         "EAM-Net": EAMNet,
         "EAM-Net, channels-last": EAMNet,
         "EAM-Net, plain": EAMNet,
         "EAM-Net, plain, channels-last": EAMNet,
-        "without MRCF, CMAM, EAB": lambda: EAMNet(plain_config),
-        "without MRCF, CMAM, EAB, channels-last": lambda: EAMNet(plain_config),
-        **rivals(),
+        "without MRCF, CMAM, EAB": lambda: EAMNet(without),
+        "without MRCF, CMAM, EAB, channels-last": lambda: EAMNet(without),
     }
+    if inference:
+        found["EAM-Net, folded, channels-last"] = lambda: fold(EAMNet())
+        if native_bfloat16(torch.device("cpu")):  # elsewhere a convolution takes minutes
+            name = "EAM-Net, folded, channels-last, bfloat16"
+            found[name] = lambda: fold(EAMNet(), torch.bfloat16)
     if compiled:
-        builders["EAM-Net, plain, torch.compile"] = EAMNet
+        found["EAM-Net, plain, torch.compile"] = EAMNet
+    return {**found, **rivals()}
+
+
+def _largest_error(call: Callable[[int], Any], truth: Tensor) -> float:
+    got = _logits(call(0))[0]
+    return float((got.double() - truth).abs().max() / truth.abs().max())
+
+
+def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -> list[Record]:
+    """Training step at `batch` and inference at batch 1: ours, the direct definitions, others."""
+    torch.manual_seed(0)
     rows: list[Record] = []
     loss_of = SegmentationLoss()
     for mode in ("inference", "training step"):
@@ -61,14 +81,19 @@ def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -
         masks = (torch.rand(len(images), 1, size, size) > 0.5).float()
         calls: dict[str, Callable[[int], object]] = {}
         networks: dict[str, nn.Module] = {}
-        for name, build in builders.items():
+        errors: dict[str, float] = {}
+        torch.manual_seed(0)
+        with direct_definitions(), torch.no_grad():
+            truth = _logits(EAMNet().double().train(mode != "inference")(images.double()))[0]
+        for name, build in _builders(compiled, mode == "inference").items():
             torch.manual_seed(0)
             network = build().train(mode != "inference")
-            last = "channels-last" in name
             x = images
-            if last:
+            if "channels-last" in name:
                 network = network.to(memory_format=torch.channels_last)
                 x = images.contiguous(memory_format=torch.channels_last)
+            dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+            x = x.to(dtype)
             networks[name] = network
             run: nn.Module = torch.compile(network) if "compile" in name else network  # type: ignore[assignment]
             scope = direct_definitions if ", plain" in name else contextlib.nullcontext
@@ -94,6 +119,10 @@ def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -
                 return loss
 
             calls[name] = infer if mode == "inference" else step
+            if name.startswith("EAM-Net"):
+                errors[name] = _largest_error(infer, truth)
+                if errors[name] > TOLERANCE[dtype]:
+                    raise RuntimeError(f"{name}, {mode}: {errors[name]:.2g} off float64; not timed")
         times = interleaved(calls, rounds, torch.device("cpu"), budget)
         for name, t in times.items():
             ratio = paired_ratio(t, times["EAM-Net"])
@@ -105,6 +134,7 @@ def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -
                     "mode": mode,
                     "size": size,
                     "batch": len(images),
+                    "error": errors.get(name),
                     "rounds": len(t.seconds),
                     "median_ms": 1e3 * t.median,
                     "p20_ms": 1e3 * t.percentile(20),

@@ -85,7 +85,7 @@ def failures(rows: list[Record], found: list[Comparison]) -> list[str]:
         if r["ours"] and not r["correct"]
     ]
     problems += [
-        f"{c.subject} {c.case} {c.mode} {c.dtype}: auto takes {c.chosen_backend}, which is slower "
+        f"{c.subject} {c.case} {c.mode} {c.dtype}: what auto takes ({c.chosen_backend}) is slower "
         f"than {c.best} ({c.ours_ms:.3g} ms against {c.best_ms:.3g} ms)"
         for c in found
         if c.speedup < 0.95 and not c.noisy
