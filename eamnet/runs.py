@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -49,7 +49,7 @@ from eamnet.report import write_report
 from eamnet.training import SegmentationTask
 from eamnet.versions import versions
 
-__all__ = ["fit", "test", "validate"]
+__all__ = ["Options", "fit", "test", "validate"]
 
 # The network's options are documented where they are defined, below each of their fields.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -188,6 +188,14 @@ class _RunCLI(LightningCLI):
             default=None,
             help="Let fit stop after this many epochs without a better val_dice; default: never.",
         )
+        parser.add_argument(
+            "--evaluation",
+            type=str | None,
+            default=None,
+            help="Name of the folder in the run folder for an evaluation on other pictures than "
+            "the run's own; default: that of the part, and the data set's name after it where it "
+            "is another than the run's.",
+        )
         parser.link_arguments("data.num_classes", "model.num_classes")
 
     def before_instantiate_classes(self) -> None:
@@ -217,7 +225,9 @@ class _RunCLI(LightningCLI):
         data = self.config.data
         home = self.run_dir
         self.evaluation_folder = home / ("test" if self.command == "test" else "validation")
-        if self.command != "fit" and data.dataset != _trained_on(self.run_dir):
+        if self.command != "fit" and self.config.evaluation is not None:
+            self.evaluation_folder = home = home / self.config.evaluation
+        elif self.command != "fit" and data.dataset != _trained_on(self.run_dir):
             # Another data set than the run's own has its own split and its own place.
             self.evaluation_folder = home = Path(f"{self.evaluation_folder}-{data.dataset}")
         self.own_split = data.split is None
@@ -319,6 +329,44 @@ class _RunCLI(LightningCLI):
             print(_table(self.model.summary))
             print(f"evaluation: {self.model.evaluation_folder}")
             print(f"report: {write_report(self.run_dir)}")
+
+
+class Options(_RunCLI):
+    """The options of ``fit``, without anything done with them.
+
+    Args:
+        arguments: words of the command line.
+
+    Attributes:
+        config: what they say, with defaults.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        super().__init__("fit", _with_packaged_configs(arguments))
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: there is no run."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is built."""
+
+    def parse(self, arguments: list[str]) -> Namespace:
+        """The options that other words give."""
+        return self.parser.parse_args(_with_packaged_configs(arguments))
+
+    def build(self, config: Namespace) -> tuple[SegmentationTask, SegmentationData]:
+        """The network and the data of a configuration, which shows whether it is valid."""
+        built = self.parser.instantiate_classes(config)
+        return built.model, built.data
+
+    def dump(self, config: Namespace) -> str:
+        """A configuration as YAML, without what belongs to one run alone."""
+        config = config.clone()
+        config.run_dir = config.ckpt_path = config.data.split = None
+        return str(self.parser.dump(config, skip_unset=False))
 
 
 class _RunRecord(Callback):

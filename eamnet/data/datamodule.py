@@ -67,7 +67,9 @@ class SegmentationData(L.LightningDataModule):
         parts: official parts to use at all, such as ``["train"]`` for random parts of it.
         exclude: ids to leave out; ``None``: those known to spoil a score
             (:data:`eamnet.data.isic.EXCLUSIONS`).
-        seed: of the split, the order and the augmentation.
+        seed: of the split, the order and the augmentation; of "synthetic", also of the pictures.
+        order_seed: of the order and the augmentation alone; ``None``: ``seed``. Trainings that are
+            to differ by chance alone, on the same pictures, differ in this.
         cache_dir: folder for decoded and resized pictures. ``None`` keeps them in memory: every
             process of a job then reads them all.
         augment: of training pictures; ``True`` for the defaults.
@@ -105,6 +107,7 @@ class SegmentationData(L.LightningDataModule):
         parts: list[str] | None = None,
         exclude: list[str] | None = None,
         seed: int = 0,
+        order_seed: int | None = None,
         cache_dir: str | None = None,
         augment: bool | Augmentation = True,
         num_classes: int = 1,
@@ -138,6 +141,7 @@ class SegmentationData(L.LightningDataModule):
         self.parts = parts
         self.exclude = exclude
         self.seed = seed
+        self.order_seed = seed if order_seed is None else order_seed
         self.cache_dir = cache_dir
         self.augment: Augmentation | None = Augmentation() if augment is True else augment or None
         self.masks = MaskFormat(num_classes, tuple(palette) if palette else None, resize_masks)
@@ -172,16 +176,22 @@ class SegmentationData(L.LightningDataModule):
             ValueError: if the folder, masks, split or arguments do not fit; see the classes of
                 :mod:`eamnet.data`.
         """
-        predict = stage == "predict"
-        if self._store is None:
-            self.source = self._open_source("skip" if predict else self.missing_masks)
-            self.report = list(self.source.report)
-            self._store = PictureStore(
-                self.source, self.size, self.cache_dir, in_memory=self.cache_dir is None
-            )
-        if predict:
+        if stage == "predict":
+            self._open("skip")
             self._fill([record.id for record in self.source])
             return
+        self.index()
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for part in wanted.get(stage or "", PARTS):
+            self._fill(getattr(self.split, part))
+
+    def index(self) -> Split:
+        """Open the data set and read or draw its split, without decoding a picture.
+
+        Raises:
+            ValueError: as :meth:`setup`.
+        """
+        self._open(self.missing_masks)
         if not hasattr(self, "split"):
             self.split = self._find_split()
             self.report.append(
@@ -189,9 +199,16 @@ class SegmentationData(L.LightningDataModule):
                 f"{len(self.split.train)} train, {len(self.split.val)} val, "
                 f"{len(self.split.test)} test; hash {self.split.hash[:12]}"
             )
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        for part in wanted.get(stage or "", PARTS):
-            self._fill(getattr(self.split, part))
+        return self.split
+
+    def _open(self, missing_masks: str) -> None:
+        if self._store is not None:
+            return
+        self.source = self._open_source(missing_masks)
+        self.report = list(self.source.report)
+        self._store = PictureStore(
+            self.source, self.size, self.cache_dir, in_memory=self.cache_dir is None
+        )
 
     def _open_source(self, missing_masks: str) -> Source:
         if self.dataset == "synthetic":
@@ -331,7 +348,7 @@ class SegmentationData(L.LightningDataModule):
                 f"{replicas} processes"
             )
         sampler = EpochSampler(
-            dataset.ids, seed=self.seed, shuffle=True, num_replicas=replicas, rank=rank
+            dataset.ids, seed=self.order_seed, shuffle=True, num_replicas=replicas, rank=rank
         )
         return ResumableLoader(
             dataset,
@@ -366,7 +383,7 @@ class SegmentationData(L.LightningDataModule):
     ) -> SegmentationDataset:
         readable = [i for i in ids if i not in self.skipped]
         return SegmentationDataset(
-            self.source, readable, augment=augment, seed=self.seed, store=self._store
+            self.source, readable, augment=augment, seed=self.order_seed, store=self._store
         )
 
     def _evaluation(self, dataset: SegmentationDataset) -> DataLoader[dict[str, Any]]:
