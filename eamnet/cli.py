@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "ablate": Command("compare networks with and without modules", "eamnet.studies", "ablate"),
     "sweep": Command("compare the values of an option", "eamnet.studies", "sweep"),
     "kfold": Command("cross-validate", "eamnet.studies", "kfold"),
+    "external": Command("train on one data set, test on another", "eamnet.external", "external"),
     "bench": Command("time the operators beside their rivals", "eamnet.benchmark", "bench"),
     "doctor": Command("show versions, backends and what cannot run", "eamnet.doctor", "doctor"),
     "demo": Command("short training on synthetic pictures, with report", "eamnet.demo", "demo"),

@@ -61,8 +61,9 @@ class Page:
         blocks: list[dict[str, object]] = []
         for block in self.blocks:
             if isinstance(block, Plot):
-                write_atomic(folder / f"{block.name}.png", block.png)
-                uri = f"data:image/png;base64,{base64.b64encode(block.png).decode()}"
+                png = block.png
+                write_atomic(folder / f"{block.name}.png", png)
+                uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
                 width = round(block.figure.get_figwidth() * 100)
                 blocks.append({"uri": uri, "alt": block.alt, "width": width})
             elif isinstance(block, Table):

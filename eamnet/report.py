@@ -9,6 +9,7 @@ A report is built from what lies in the run folder, and from nothing else::
     metrics.csv           learning curves, one or more rows per epoch
     test/, validation/    an evaluation: per_image.csv, summary.json, speed.json,
                           pictures/<id>/*.png
+    test-<data set>/      the same, of another data set
 
 What is missing or damaged is named in the report and left out.
 """
@@ -565,7 +566,7 @@ class _Run:
             return None
         result = _Evaluation(
             name=part,
-            title=_PARTS[part],
+            title=_PARTS.get(part) or f"Test on {part.removeprefix('test-')}",
             summary=summary,
             resolutions=_resolutions(summary["resolutions"]),
             sizes={},
@@ -675,7 +676,8 @@ def write_report(run_dir: Path | str) -> Path:
     if not folder.is_dir():
         raise NotADirectoryError(f"run_dir must be the folder of a run, got {folder}")
     run = _Run(folder)
-    evaluations = [e for e in map(run.evaluation, _PARTS) if e is not None]
+    others = sorted(path.name for path in folder.glob("test-*"))
+    evaluations = [e for e in map(run.evaluation, [*_PARTS, *others]) if e is not None]
     if not evaluations:
         run.problems.append("No evaluated part: run `eamnet test` or `eamnet validate`")
     curves = run.read("metrics.csv", _read_curves, "no learning curves")
