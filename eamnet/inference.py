@@ -35,6 +35,8 @@ __all__ = [
 Precision = Literal["float32", "bfloat16", "float16", "auto"]
 DEFAULT_SIZE = 256
 """Network size where the weights do not say at which they were trained: the paper's."""
+DEFAULT_WEIGHTS = "isic2017"
+"""The bundled weights that ``eamnet predict`` uses where it is given none."""
 _SIZE_KEY = "eamnet_size"
 
 
@@ -219,7 +221,7 @@ def predict(arguments: list[str]) -> int:
 
 def predict_files(
     inputs: Sequence[str],
-    checkpoint: str,
+    checkpoint: str = DEFAULT_WEIGHTS,
     output: str = "predictions",
     recursive: bool = False,
     overwrite: bool = False,
@@ -239,7 +241,7 @@ def predict_files(
     Args:
         inputs: picture files and folders.
         checkpoint: a ``.ckpt`` or ``.safetensors`` file of ``eamnet fit``, or bundled weights by
-            name.
+            name (``eamnet/weights/NAME.md`` says what they are).
         output: folder for the results.
         recursive: search folders within the folders, too.
         overwrite: replace results that are there already.

@@ -50,10 +50,12 @@ from eamnet.metrics import (
 )
 
 __all__ = [
+    "METRIC_NAMES",
     "PREDICTION_COLOUR",
     "TRUTH_COLOUR",
     "Picture",
     "contact_sheet",
+    "format_metric",
     "load_picture",
     "outline_overlay",
     "picture_folder",
@@ -495,7 +497,8 @@ def _distribution_figure(cases: Sequence[_Case]) -> _Graphic:
 
 # --- the page ---------------------------------------------------------------------------------
 
-_NAMES = {
+#: What tables call each of :data:`eamnet.metrics.METRICS`.
+METRIC_NAMES = {
     "dice": "Dice",
     "iou": "IoU (Jaccard)",
     "accuracy": "Accuracy",
@@ -606,7 +609,8 @@ def _sizes(sizes: set[tuple[int, int]]) -> str:
     return f"{smallest[1]}×{smallest[0]} to {largest[1]}×{largest[0]}"
 
 
-def _number(metric: str, value: float) -> str:
+def format_metric(metric: str, value: float) -> str:
+    """A metric's value as tables show it."""
     return f"{value:.1f}" if metric == "hd95" else f"{value:.3f}"
 
 
@@ -705,8 +709,8 @@ def write_report(run_dir: Path | str) -> Path:
         problems=run.problems,
         metrics=METRICS,
         headlines=_HEADLINES,
-        names=_NAMES,
-        number=_number,
+        names=METRIC_NAMES,
+        number=format_metric,
         colours={"truth": TRUTH_COLOUR, "prediction": PREDICTION_COLOUR},
     )
     path = folder / "report.html"
