@@ -28,7 +28,7 @@ from jsonargparse import ArgumentParser
 from eamnet.data import SegmentationData
 from eamnet.evaluation import Evaluation
 from eamnet.inference import export_weights
-from eamnet.metrics import METRICS, Summary, read_csv, read_summary, write_atomic
+from eamnet.metrics import METRICS, Estimate, Summary, read_csv, read_summary, write_atomic
 from eamnet.model import EAMNet, weights_metadata
 from eamnet.report import METRIC_NAMES, format_metric
 
@@ -144,7 +144,10 @@ def render_card(facts: dict[str, Any]) -> str:
     )
     template = environment.get_template("card.md")
     return template.render(
-        **facts, table=results_table(facts["summary"]), format_metric=format_metric
+        **facts,
+        table=results_table(facts["summary"]),
+        format_metric=format_metric,
+        estimate=_estimate,
     )
 
 
@@ -165,16 +168,17 @@ def results_table(summary: Summary) -> str:
         for resolution, averaging in columns:
             macro: Any = summary["resolutions"][resolution]["macro"]
             found = macro[averaging].get(metric)
-            cells.append(
-                "{} [{}, {}]".format(
-                    *(format_metric(metric, found[k]) for k in ("value", "low", "high"))
-                )
-                if found
-                else "–"
-            )
+            cells.append(_estimate(metric, found) if found else "–")
         if set(cells) != {"–"}:
             lines.append(f"| {METRIC_NAMES[metric]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _estimate(metric: str, estimate: Estimate) -> str:
+    value, low, high = (
+        format_metric(metric, x) for x in (estimate["value"], estimate["low"], estimate["high"])
+    )
+    return f"{value} [{low}, {high}]"
 
 
 def _evaluate(model: EAMNet, run: Path, data_root: str | None, folder: Path) -> Summary:

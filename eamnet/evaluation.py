@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eamnet.data import SegmentationData
 from eamnet.data.transforms import resize_mask_nearest
 from eamnet.inference import most_probable, probabilities
+from eamnet.measures import contrast
 from eamnet.metrics import (
     ImageMetrics,
+    Resolution,
     Summary,
+    calibration_bins,
     discretise,
     image_metrics,
     summarise,
@@ -24,6 +28,7 @@ from eamnet.metrics import (
     write_summary,
 )
 from eamnet.report import save_test_picture, select_pictures, write_contact_sheet
+from eamnet.subgroups import subgroups
 
 __all__ = ["Evaluation"]
 
@@ -32,8 +37,8 @@ class Evaluation:
     """Collects the metrics of each picture of a part and writes them.
 
     The prediction at a picture's own size is the bilinearly resized probability, cut at the fixed
-    threshold: what ``eamnet predict`` writes. HD95 is computed, which takes longer than the rest;
-    training uses :class:`eamnet.metrics.SegmentationMetrics` instead.
+    threshold: what ``eamnet predict`` writes. Boundary metrics are computed, which take longer
+    than the rest; training uses :class:`eamnet.metrics.SegmentationMetrics` instead.
 
     Args:
         data: the pictures' data module, set up.
@@ -44,6 +49,7 @@ class Evaluation:
         self.data = data
         self.num_classes = num_classes
         self._rows: dict[str, list[ImageMetrics]] = {}
+        self._bins: dict[str, dict[Resolution, NDArray[np.float64]]] = {}
         # Compressed: the report shows a few of them, which ones is known at the end, and a
         # thousand masks of 24 megapixels do not fit into memory.
         self._masks: dict[str, bytes] = {}
@@ -66,17 +72,28 @@ class Evaluation:
             height, width = truth.shape
             probability = probabilities(logits[index : index + 1], (height, width))
             native = most_probable(probability)[0].to("cpu").numpy()
+            as_seen = probabilities(logits[index : index + 1], truths[index].shape)
+            bins = self._bins[name] = {
+                "network": calibration_bins(truths[index], as_seen[0].to("cpu").numpy()),
+                "native": calibration_bins(truth, probability[0].to("cpu").numpy()),
+            }
+            common: dict[str, Any] = {
+                "num_classes": self.num_classes,
+                "contrast": contrast(batch["image"][index].cpu().float().numpy(), truths[index]),
+                "diagnosis": self.data.source[name].diagnosis or "",
+            }
             self._rows[name] = [
                 *image_metrics(
                     name,
                     truths[index],
                     small[index],
                     resolution="network",
-                    num_classes=self.num_classes,
                     native_size=(height, width),
+                    bins=bins["network"],
+                    **common,
                 ),
                 *image_metrics(
-                    name, truth, native, resolution="native", num_classes=self.num_classes
+                    name, truth, native, resolution="native", bins=bins["native"], **common
                 ),
             ]
             self._masks[name] = zlib.compress(native.tobytes(), level=1)
@@ -93,7 +110,7 @@ class Evaluation:
         if dist.is_initialized() and dist.get_world_size() > 1:
             # A distributed sampler repeats pictures to give each process as many: by id, each
             # counts once.
-            for name in ("_rows", "_masks"):
+            for name in ("_rows", "_bins", "_masks"):
                 parts: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(parts, getattr(self, name))
                 setattr(self, name, {k: v for part in parts for k, v in part.items()})
@@ -101,7 +118,8 @@ class Evaluation:
                 return None
         rows = [row for _, of in sorted(self._rows.items()) for row in of]
         folder.mkdir(parents=True, exist_ok=True)
-        summary = summarise(rows)
+        summary = summarise(rows, self._bins)
+        summary["subgroups"] = subgroups(rows)
         write_csv(rows, folder / "per_image.csv")
         write_summary(summary, folder / "summary.json")
         shutil.rmtree(folder / "pictures", ignore_errors=True)  # another choice of an earlier time

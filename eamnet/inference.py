@@ -23,6 +23,7 @@ from eamnet.folding import fold, native_bfloat16
 from eamnet.metrics import THRESHOLD, write_atomic
 from eamnet.model import EAMNet, EAMNetConfig, weights_metadata
 from eamnet.report import outline_overlay
+from eamnet.tta import augmented_logits
 
 __all__ = [
     "Predictor",
@@ -79,6 +80,7 @@ class Predictor:
         device: where it runs.
         precision: dtype of the folded network: ``float32``, ``bfloat16`` or ``float16``; ``auto``
             is ``bfloat16`` where the device multiplies it natively, else ``float32``.
+        tta: average over the eight flips and quarter turns of a picture.
 
     Raises:
         ValueError: ``size`` is not positive or ``precision`` is unknown.
@@ -90,6 +92,7 @@ class Predictor:
         size: int = DEFAULT_SIZE,
         device: str | torch.device = "cpu",
         precision: Precision = "float32",
+        tta: bool = False,
     ) -> None:
         if size < 1:
             raise ValueError(f"size must be positive, got {size}")
@@ -101,6 +104,7 @@ class Predictor:
         self.dtype: torch.dtype = getattr(torch, precision)
         self.model = fold(model, self.dtype).to(self.device)
         self.size = size
+        self.tta = tta
 
     @classmethod
     def from_file(
@@ -109,20 +113,21 @@ class Predictor:
         size: int | None = None,
         device: str | torch.device = "cpu",
         precision: Precision = "float32",
+        tta: bool = False,
     ) -> Predictor:
         """Load a ``.ckpt`` of training, a ``.safetensors`` file, or bundled weights by name.
 
         Args:
             checkpoint: path or name.
             size: network size; by default the one that the weights were trained at.
-            device, precision: as for the class.
+            device, precision, tta: as for the class.
 
         Raises:
             FileNotFoundError: no such file and no bundled weights of that name.
             ValueError: the file is damaged or of another kind.
         """
         model, trained_size = _load(checkpoint)
-        return cls(model, size or trained_size or DEFAULT_SIZE, device, precision)
+        return cls(model, size or trained_size or DEFAULT_SIZE, device, precision, tta)
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities for one picture.
@@ -155,7 +160,7 @@ class Predictor:
             _check_image(image)
         x = torch.stack([to_float(resize_image(image, self.size)) for image in images])
         x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
-        logits = self.model(x)
+        logits = augmented_logits(self.model, x) if self.tta else self.model(x)
         for index, image in enumerate(images):
             yield probabilities(logits[index : index + 1], image.shape[:2])
 
@@ -230,6 +235,7 @@ def predict_files(
     batch_size: int = 4,
     device: str = "auto",
     precision: Precision = "float32",
+    tta: bool = False,
 ) -> int:
     """Segment picture files; go on past those that cannot be read and name them at the end.
 
@@ -251,6 +257,7 @@ def predict_files(
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes an accelerator where there is one.
         precision: dtype of the network: ``float32``, ``bfloat16`` or ``float16``; ``auto`` is
             ``bfloat16`` where the device multiplies it natively, else ``float32``.
+        tta: average over the eight flips and quarter turns of a picture; takes eight times as long.
 
     Returns:
         0, or 1 if a picture failed.
@@ -273,7 +280,7 @@ def predict_files(
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         device = found.type if found else "cpu"
-    predictor = Predictor.from_file(checkpoint, size, device, precision)
+    predictor = Predictor.from_file(checkpoint, size, device, precision, tta)
     binary = predictor.model.config.num_classes == 1
     failures: list[str] = []
     paths = list(jobs)

@@ -5,8 +5,9 @@ Conventions (``docs/metrics.md`` gives the reasons):
 * A ratio whose denominator is zero is 1, as in the ISIC challenge's scorer: Dice and IoU when
   truth and prediction are both empty, recall without truth, precision without prediction,
   specificity without background.
-* HD95 is in pixels of the arrays compared. It is 0 when truth and prediction are both empty and
-  the largest distance in the picture, ``hypot(H - 1, W - 1)``, when exactly one of them is.
+* HD95 and ASSD are in pixels of the arrays compared. They are 0 when truth and prediction are both
+  empty and the largest distance in the picture, ``hypot(H - 1, W - 1)``, when exactly one of them
+  is; NSD is then 1 and 0.
 * Class 0 is the background and is not scored; a class is scored one against the rest. With
   several classes the overall value is the macro average, the plain mean over classes.
 """
@@ -18,7 +19,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args
@@ -32,17 +33,24 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 __all__ = [
+    "CALIBRATION_BINS",
     "METRICS",
+    "NSD_TOLERANCE",
     "RATES",
     "SCHEMA",
     "THRESHOLD",
+    "Calibration",
     "ClassSummary",
     "Estimate",
     "ImageMetrics",
     "Resolution",
     "ResolutionSummary",
     "SegmentationMetrics",
+    "Subgroup",
     "Summary",
+    "boundary_metrics",
+    "calibration_bins",
+    "calibration_error",
     "discretise",
     "hausdorff95",
     "image_metrics",
@@ -65,8 +73,12 @@ THRESHOLD = 0.5
 JACCARD_THRESHOLD = 0.65
 #: Metrics of a confusion matrix; defined for one picture and for a pooled matrix.
 RATES = ("dice", "iou", "accuracy", "precision", "recall", "specificity")
-#: Every metric of one picture; the last two exist per picture only.
-METRICS = (*RATES, "threshold_jaccard", "hd95")
+#: Share of the picture's diagonal within which two outlines count as the same for NSD.
+NSD_TOLERANCE = 0.01
+#: Equal intervals of probability that the calibration is looked at in.
+CALIBRATION_BINS = 15
+#: Every metric of one picture; the thresholded Jaccard and the distances exist per picture only.
+METRICS = (*RATES, "threshold_jaccard", "hd95", "assd", "nsd", "ece")
 #: Version of the JSON summary.
 SCHEMA = 1
 
@@ -157,13 +169,81 @@ def hausdorff95(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> floa
     return max(float(np.percentile(d, 95)) for d in surface_distances(truth, prediction))
 
 
+def boundary_metrics(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> dict[str, float]:
+    """Return what two outlines say about each other, all from :func:`surface_distances`.
+
+    ``hd95`` as :func:`hausdorff95`; ``assd`` the average symmetric surface distance, the mean over
+    the pixels of both outlines, in pixels; ``nsd`` the normalised surface Dice (Nikolov et al.,
+    arXiv:1809.04430), the share of those pixels within :data:`NSD_TOLERANCE` times the picture's
+    diagonal.
+    """
+    diagonal = math.hypot(truth.shape[0] - 1, truth.shape[1] - 1)
+    empty = not truth.any(), not prediction.any()
+    if all(empty):
+        return {"hd95": 0.0, "assd": 0.0, "nsd": 1.0}
+    if any(empty):
+        return {"hd95": diagonal, "assd": diagonal, "nsd": 0.0}
+    distances = surface_distances(truth, prediction)
+    both = np.concatenate(distances)
+    return {
+        "hd95": max(float(np.percentile(d, 95)) for d in distances),
+        "assd": float(both.mean()),
+        "nsd": float(np.mean(both <= NSD_TOLERANCE * diagonal)),
+    }
+
+
+def calibration_bins(
+    truth: NDArray[Any], probability: NDArray[np.floating[Any]]
+) -> NDArray[np.float64]:
+    """Sort pixels by their predicted probability.
+
+    Args:
+        truth: class indices ``(H, W)``, bool or integer.
+        probability: ``(K, H, W)``; of the foreground for ``K = 1``, else of each class.
+
+    Returns:
+        ``(max(K, 2) - 1, CALIBRATION_BINS, 3)``: for each class other than the background and each
+        interval of probability the number of pixels, the sum of their probabilities and the number
+        that are of the class. Sums of such arrays stand for several pictures.
+
+    Raises:
+        ValueError: a probability is NaN.
+    """
+    if np.isnan(probability).any():
+        raise ValueError("probability must be a number everywhere, got NaN")
+    classes = probability if len(probability) == 1 else probability[1:]
+    result = np.empty((len(classes), CALIBRATION_BINS, 3))
+    for label, values in enumerate(classes, start=1):
+        p = values.ravel()
+        index = np.minimum((p * CALIBRATION_BINS).astype(np.intp), CALIBRATION_BINS - 1)
+        of_class = index[truth.ravel() == label]
+        result[label - 1].T[...] = [
+            np.bincount(index, minlength=CALIBRATION_BINS),
+            np.bincount(index, weights=p, minlength=CALIBRATION_BINS),
+            np.bincount(of_class, minlength=CALIBRATION_BINS),
+        ]
+    return result
+
+
+def calibration_error(bins: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the expected calibration error of :func:`calibration_bins` ``(..., bins, 3)``.
+
+    The mean over pixels of the distance between the mean probability of a pixel's interval and the
+    frequency of the class in it (Naeini et al., AAAI 2015, class by class).
+    """
+    result: NDArray[np.float64] = np.abs(bins[..., 1] - bins[..., 2]).sum(-1)
+    return result / bins[..., 0].sum(-1)
+
+
 @dataclass(frozen=True)
 class ImageMetrics:
     """The metrics of one class in one picture at one resolution: a row of ``per_image.csv``.
 
     ``label`` is the class index (1 for the foreground of a binary task), ``height`` and ``width``
     the size at which truth and prediction were compared, ``native_height`` and ``native_width``
-    the size of the picture's file. ``hd95`` is NaN when it was not computed.
+    the size of the picture's file. ``hd95``, ``assd``, ``nsd`` and ``ece`` are NaN when they were
+    not computed. ``contrast`` (:func:`eamnet.measures.contrast`, NaN if unknown) and ``diagnosis``
+    (empty if unknown) are the picture's own, the same in each of its rows.
     """
 
     id: str
@@ -185,6 +265,11 @@ class ImageMetrics:
     specificity: float
     threshold_jaccard: float
     hd95: float
+    assd: float = math.nan
+    nsd: float = math.nan
+    ece: float = math.nan
+    contrast: float = math.nan
+    diagnosis: str = ""
 
 
 def _check_mask(name: str, mask: NDArray[Any], classes: int) -> None:
@@ -208,6 +293,9 @@ def image_metrics(
     num_classes: int = 1,
     native_size: tuple[int, int] | None = None,
     hd95: bool = True,
+    bins: NDArray[np.float64] | None = None,
+    contrast: float = math.nan,
+    diagnosis: str = "",
 ) -> list[ImageMetrics]:
     """Compare one prediction with the truth; one row per class other than the background.
 
@@ -217,7 +305,9 @@ def image_metrics(
         resolution: whether the arrays have the size the network works at or that of the file.
         num_classes: channels of the network's output; 1 is a binary task.
         native_size: ``(height, width)`` of the file; the arrays' own size if ``None``.
-        hd95: compute HD95, else leave NaN.
+        hd95: compute HD95, ASSD and NSD, else leave NaN.
+        bins: :func:`calibration_bins` of the picture, for ``ece``; NaN if ``None``.
+        contrast, diagnosis: of the picture, to be kept with the rows.
 
     Raises:
         TypeError: a mask is not bool or integer.
@@ -244,6 +334,7 @@ def image_metrics(
         tn = t.size - tp - fp - fn
         values = {name: float(v) for name, v in rates(np.array([tp, fp, fn, tn])).items()}
         iou = values["iou"]
+        boundary = boundary_metrics(t, p) if hd95 else {"hd95": math.nan}
         rows.append(
             ImageMetrics(
                 id=image_id,
@@ -259,7 +350,10 @@ def image_metrics(
                 tn=tn,
                 **values,
                 threshold_jaccard=iou if iou >= JACCARD_THRESHOLD else 0.0,
-                hd95=hausdorff95(t, p) if hd95 else math.nan,
+                **boundary,
+                ece=math.nan if bins is None else float(calibration_error(bins[label - 1])),
+                contrast=contrast,
+                diagnosis=diagnosis,
             )
         )
     return rows
@@ -280,16 +374,33 @@ class ClassSummary(TypedDict):
     pooled: dict[str, Estimate]
 
 
-class ResolutionSummary(TypedDict):
-    """All classes at one resolution.
+class Calibration(TypedDict):
+    """One class: for each interval of probability what was predicted and what was there.
 
-    ``empty`` counts images and classes whose truth, prediction or both hold no foreground.
-    HD95 of those with only one empty is the picture's diagonal.
+    ``probability`` is the mean prediction and ``frequency`` the share of the class, ``None`` in
+    intervals that hold no pixel; ``pixels`` are summed over all images.
     """
 
+    pixels: list[int]
+    probability: list[float | None]
+    frequency: list[float | None]
+
+
+class _ResolutionSummary(TypedDict):
     macro: ClassSummary
     classes: dict[str, ClassSummary]
     empty: dict[str, int]
+
+
+class ResolutionSummary(_ResolutionSummary, total=False):
+    """All classes at one resolution.
+
+    ``empty`` counts images and classes whose truth, prediction or both hold no foreground.
+    HD95 of those with only one empty is the picture's diagonal. ``calibration``, by class, is
+    there where probabilities were looked at.
+    """
+
+    calibration: dict[str, Calibration]
 
 
 class Bootstrap(TypedDict):
@@ -302,9 +413,16 @@ class Bootstrap(TypedDict):
     seed: int
 
 
-class Summary(TypedDict):
-    """The content of ``summary.json``."""
+class Subgroup(TypedDict):
+    """The macro average of some of the images: which property, which group of it."""
 
+    by: str
+    group: str
+    images: int
+    scores: ClassSummary
+
+
+class _Summary(TypedDict):
     schema: int
     images: int
     threshold: float
@@ -312,8 +430,15 @@ class Summary(TypedDict):
     resolutions: dict[str, ResolutionSummary]
 
 
+class Summary(_Summary, total=False):
+    """The content of ``summary.json``; ``subgroups`` of :mod:`eamnet.subgroups` in evaluations."""
+
+    subgroups: list[Subgroup]
+
+
 def summarise(
     rows: Iterable[ImageMetrics],
+    calibration: Mapping[str, Mapping[Resolution, NDArray[np.float64]]] | None = None,
     *,
     resamples: int = 2000,
     confidence: float = 0.95,
@@ -328,6 +453,8 @@ def summarise(
 
     Args:
         rows: rows of the same images and classes for each resolution present.
+        calibration: by image and resolution :func:`calibration_bins`, for the calibration curve
+            and the pooled ``ece``.
         resamples: bootstrap resamples, at least 1.
         confidence: coverage of the intervals, between 0 and 1.
         seed: seed of the draws.
@@ -363,6 +490,14 @@ def summarise(
         total = rates(counts.sum(0))
         resampled = rates((weights @ counts.reshape(images, -1)).reshape(-1, *counts.shape[1:]))
         pooled = {k: estimates(total[k], resampled[k]) for k in RATES}
+        curves: dict[str, Calibration] = {}
+        if calibration is not None:
+            bins = np.stack([calibration[name][resolution] for name in table.ids])
+            redrawn = (weights @ bins.reshape(images, -1)).reshape(-1, *bins.shape[1:])
+            pooled["ece"] = estimates(calibration_error(bins.sum(0)), calibration_error(redrawn))
+            curves = {
+                str(label): _curve(of) for label, of in zip(table.labels, bins.sum(0), strict=True)
+            }
         summaries = [
             ClassSummary(
                 mean={k: e[column] for k, e in mean.items()},
@@ -381,6 +516,8 @@ def summarise(
                 "both": int((no_truth & no_prediction).sum()),
             },
         )
+        if curves:
+            resolutions[resolution]["calibration"] = curves
     return Summary(
         schema=SCHEMA,
         images=images,
@@ -396,15 +533,27 @@ def summarise(
     )
 
 
+def _curve(bins: NDArray[np.float64]) -> Calibration:
+    """The calibration curve of one class from its summed bins (bins, 3)."""
+
+    def ratio(column: int) -> list[float | None]:
+        return [float(b[column] / b[0]) if b[0] else None for b in bins]
+
+    return Calibration(
+        pixels=[int(n) for n in bins[:, 0]], probability=ratio(1), frequency=ratio(2)
+    )
+
+
 class _Table(NamedTuple):
     """Rows of one resolution as arrays: images sorted by id, then classes."""
 
+    ids: list[str]
     labels: list[int]
     counts: NDArray[np.int64]  # (images, classes, 4)
     metrics: dict[str, NDArray[np.float64]]  # (images, classes) each
 
 
-def _tables(rows: Iterable[ImageMetrics]) -> dict[str, _Table]:
+def _tables(rows: Iterable[ImageMetrics]) -> dict[Resolution, _Table]:
     """Return the rows as a table per resolution; refuse duplicates and gaps."""
     cells: dict[tuple[str, str, int], ImageMetrics] = {}
     for row in rows:
@@ -417,10 +566,10 @@ def _tables(rows: Iterable[ImageMetrics]) -> dict[str, _Table]:
         cells[key] = row
     if not cells:
         raise ValueError("rows must hold at least one image, got none")
-    resolutions = sorted({row.resolution for row in cells.values()})
+    resolutions: list[Resolution] = sorted({row.resolution for row in cells.values()})
     ids = sorted({row.id for row in cells.values()})
     labels = sorted({row.label for row in cells.values()})
-    tables: dict[str, _Table] = {}
+    tables: dict[Resolution, _Table] = {}
     for resolution in resolutions:
         missing = [(i, c) for i in ids for c in labels if (resolution, i, c) not in cells]
         if missing:
@@ -430,10 +579,9 @@ def _tables(rows: Iterable[ImageMetrics]) -> dict[str, _Table]:
             )
         grid = [[cells[resolution, i, c] for c in labels] for i in ids]
         metrics = {k: np.array([[getattr(r, k) for r in line] for line in grid]) for k in METRICS}
-        if np.isnan(metrics["hd95"]).all():
-            del metrics["hd95"]
+        metrics = {k: v for k, v in metrics.items() if not np.isnan(v).all()}
         counts = np.array([[(r.tp, r.fp, r.fn, r.tn) for r in line] for line in grid])
-        tables[resolution] = _Table(labels, counts, metrics)
+        tables[resolution] = _Table(ids, labels, counts, metrics)
     return tables
 
 
@@ -452,6 +600,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 # Field types are strings here, as annotations are not evaluated.
 _COLUMNS = {field.name: str(field.type) for field in fields(ImageMetrics)}
+#: Columns that a file may lack at its end: results published before there were these stay readable.
+_LATER = ("assd", "nsd", "ece", "contrast", "diagnosis")
+#: Columns whose cell is empty where the value is NaN, or the text empty.
+_OPTIONAL = ("hd95", *_LATER)
 _CONVERT: dict[str, Callable[[str], Any]] = {
     "str": str,
     "Resolution": str,
@@ -467,9 +619,7 @@ def write_csv(rows: Iterable[ImageMetrics], path: Path) -> None:
     writer.writeheader()
     for row in sorted(rows, key=lambda r: (r.id, r.resolution, r.label)):
         values = asdict(row)
-        if math.isnan(row.hd95):
-            values["hd95"] = ""
-        writer.writerow(values)
+        writer.writerow({k: "" if v != v else v for k, v in values.items()})
     write_atomic(path, text.getvalue().encode())
 
 
@@ -482,16 +632,19 @@ def read_csv(path: Path) -> list[ImageMetrics]:
     """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != list(_COLUMNS):
+        older = [name for name in _COLUMNS if name not in _LATER]
+        if reader.fieldnames not in (list(_COLUMNS), older):
             raise ValueError(
                 f"{path} must have the columns {list(_COLUMNS)}, got {reader.fieldnames}"
             )
         rows = []
         for line in reader:
             if None in line or None in line.values():
-                raise ValueError(f"{path}, line {reader.line_num}: {len(_COLUMNS)} cells expected")
-            if line["hd95"] == "":
-                line["hd95"] = "nan"
+                cells = len(reader.fieldnames)
+                raise ValueError(f"{path}, line {reader.line_num}: {cells} cells expected")
+            for name in _OPTIONAL:
+                if line.get(name) == "" and name != "diagnosis":
+                    line[name] = "nan"
             try:
                 rows.append(ImageMetrics(**{k: _CONVERT[_COLUMNS[k]](v) for k, v in line.items()}))
             except ValueError as error:

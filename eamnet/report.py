@@ -8,7 +8,7 @@ A report is built from what lies in the run folder, and from nothing else::
     data_report.json      a list of lines: the split drawn, non-binary masks, stray files
     metrics.csv           learning curves, one or more rows per epoch
     test/, validation/    an evaluation: per_image.csv, summary.json, speed.json,
-                          pictures/<id>/*.png
+                          pictures/<id>/*.png; also test-tta/, validation-tta/
     test-<data set>/      the same, of another data set
 
 What is missing or damaged is named in the report and left out.
@@ -38,6 +38,7 @@ from scipy.ndimage import binary_dilation
 
 from eamnet.metrics import (
     METRICS,
+    Calibration,
     ClassSummary,
     ImageMetrics,
     Resolution,
@@ -495,6 +496,41 @@ def _distribution_figure(cases: Sequence[_Case]) -> _Graphic:
     )
 
 
+def _calibration_figure(summary: Summary) -> _Graphic | None:
+    """Reliability curves at each resolution, with how many pixels each point stands for."""
+    found: dict[str, dict[str, Calibration]] = {
+        resolution: summary["resolutions"][resolution]["calibration"]
+        for resolution in _resolutions(summary["resolutions"])
+        if "calibration" in summary["resolutions"][resolution]
+    }
+    if not found:
+        return None
+    figure = Figure(figsize=(10.4, 3.4), layout="constrained")
+    curve, histogram = figure.subplots(1, 2)
+    curve.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="calibrated")
+    for (resolution, classes), line in zip(found.items(), ("-", "--"), strict=False):
+        for index, (label, bins) in enumerate(classes.items()):
+            name = resolution + (f", class {label}" if len(classes) > 1 else "")
+            colour = (_BLUE, _ORANGE, _GREEN)[index % 3]
+            points = [
+                (p, f)
+                for p, f in zip(bins["probability"], bins["frequency"], strict=True)
+                if p is not None and f is not None
+            ]
+            curve.plot(*zip(*points, strict=True), line, color=colour, marker="o", markersize=3)
+            curve.lines[-1].set_label(name)
+            share = np.array(bins["pixels"]) / sum(bins["pixels"])
+            edges = np.linspace(0, 1, len(share) + 1)
+            histogram.stairs(share, edges, color=colour, linestyle=line, label=name)
+    curve.set(xlabel="predicted probability", ylabel="share of pixels that are lesion")
+    histogram.set(xlabel="predicted probability", ylabel="share of all pixels", yscale="log")
+    for axes in (curve, histogram):
+        axes.legend(fontsize=8, frameon=False)
+    return _embed_figure(
+        figure, "Left: calibration curve per pixel. Right: how often each probability is predicted."
+    )
+
+
 # --- the page ---------------------------------------------------------------------------------
 
 #: What tables call each of :data:`eamnet.metrics.METRICS`.
@@ -507,9 +543,17 @@ METRIC_NAMES = {
     "specificity": "Specificity",
     "threshold_jaccard": "Thresholded Jaccard (ISIC)",
     "hd95": "HD95, pixels",
+    "assd": "ASSD, pixels",
+    "nsd": "NSD at 1 % of the diagonal",
+    "ece": "Calibration error (ECE)",
 }
 _HEADLINES = ("dice", "iou", "recall", "specificity", "hd95")
-_PARTS = {"test": "Test part", "validation": "Validation part"}
+_PARTS = {
+    "test": "Test part",
+    "test-tta": "Test part, test-time augmentation",
+    "validation": "Validation part",
+    "validation-tta": "Validation part, test-time augmentation",
+}
 
 
 @dataclass
@@ -523,8 +567,15 @@ class _Evaluation:
     sizes: dict[str, str]
     groups: dict[str, list[tuple[_Case, _Graphic]]] = field(default_factory=dict)
     distribution: _Graphic | None = None
+    calibration: _Graphic | None = None
     without_lesion: int = 0
     speed: str = ""
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that the summary has."""
+        found = [self.summary["resolutions"][r]["macro"]["mean"] for r in self.resolutions]
+        return [metric for metric in METRICS if any(metric in mean for mean in found)]
 
     @property
     def tables(self) -> list[tuple[str, dict[Resolution, ClassSummary]]]:
@@ -573,6 +624,7 @@ class _Run:
             summary=summary,
             resolutions=_resolutions(summary["resolutions"]),
             sizes={},
+            calibration=_calibration_figure(summary),
             speed=self.read(f"{part}/speed.json", _read_speed, "no seconds per picture") or "",
         )
         if rows:
@@ -611,7 +663,7 @@ def _sizes(sizes: set[tuple[int, int]]) -> str:
 
 def format_metric(metric: str, value: float) -> str:
     """A metric's value as tables show it."""
-    return f"{value:.1f}" if metric == "hd95" else f"{value:.3f}"
+    return f"{value:.1f}" if metric in ("hd95", "assd") else f"{value:.3f}"
 
 
 def _read_json(path: Path) -> Any:
@@ -707,10 +759,10 @@ def write_report(run_dir: Path | str) -> Path:
             "data_report.json", _read_lines, "what was odd in the data is unknown"
         ),
         problems=run.problems,
-        metrics=METRICS,
         headlines=_HEADLINES,
         names=METRIC_NAMES,
-        number=format_metric,
+        subgroup_metrics=("dice", "iou", "recall", "hd95", "nsd"),
+        format_metric=format_metric,
         colours={"truth": TRUTH_COLOUR, "prediction": PREDICTION_COLOUR},
     )
     path = folder / "report.html"

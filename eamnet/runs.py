@@ -10,7 +10,8 @@ A run folder holds everything about one training run::
     tensorboard/       the same for TensorBoard
     checkpoints/       best.ckpt (by validation Dice), last-epoch=N.ckpt (the last two)
     best.safetensors   the weights of best.ckpt
-    validation/ test/  per_image.csv, summary.json and pictures of an evaluation
+    validation/ test/  per_image.csv, summary.json and pictures of an evaluation; with --tta
+                       validation-tta/ and test-tta/
     report.html        all of it on one page
 """
 
@@ -196,6 +197,14 @@ class _RunCLI(LightningCLI):
             "the run's own; default: that of the part, and the data set's name after it where it "
             "is another than the run's.",
         )
+        if self.command != "fit":
+            parser.add_argument(
+                "--tta",
+                type=bool,
+                default=False,
+                help="Average the prediction over the eight flips and quarter turns of a picture; "
+                "the evaluation goes into a folder of its own, such as test-tta.",
+            )
         parser.link_arguments("data.num_classes", "model.num_classes")
 
     def before_instantiate_classes(self) -> None:
@@ -230,6 +239,8 @@ class _RunCLI(LightningCLI):
         elif self.command != "fit" and data.dataset != _trained_on(self.run_dir):
             # Another data set than the run's own has its own split and its own place.
             self.evaluation_folder = home = Path(f"{self.evaluation_folder}-{data.dataset}")
+        if self.command != "fit" and self.config.tta:
+            self.evaluation_folder = Path(f"{self.evaluation_folder}-tta")
         self.own_split = data.split is None
         if self.own_split:
             data.split = str(home / "split.json")
@@ -323,6 +334,7 @@ class _RunCLI(LightningCLI):
     def evaluate(self, command: str) -> None:
         """Evaluate the checkpoint on the part that the command names, and renew the report."""
         self.model.evaluation_folder = self.evaluation_folder
+        self.model.tta = self.command != "fit" and self.config.tta
         run = self.trainer.validate if command == "validate" else self.trainer.test
         run(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, verbose=False)
         if self.model.summary is not None:

@@ -17,6 +17,7 @@ from eamnet.evaluation import Evaluation
 from eamnet.losses import SegmentationLoss
 from eamnet.metrics import SegmentationMetrics, Summary
 from eamnet.model import EAMNet, EAMNetConfig, EAMNetOutput
+from eamnet.tta import augmented_logits
 from eamnet_kernels.backends import selected
 
 __all__ = ["SegmentationTask"]
@@ -79,6 +80,7 @@ class SegmentationTask(L.LightningModule):
         self.metrics = SegmentationMetrics(classes)
         self.channels_last = channels_last
         self.evaluation_folder: Path | None = None
+        self.tta = False
         self.summary: Summary | None = None
         self._evaluation: Evaluation | None = None
         self._seconds = 0.0
@@ -170,7 +172,8 @@ class SegmentationTask(L.LightningModule):
     def _evaluate(self, batch: dict[str, Any]) -> None:
         assert self._evaluation is not None
         start = time.perf_counter()
-        logits = self(batch["image"]).float()
+        image = batch["image"]
+        logits = (augmented_logits(self, image) if self.tta else self(image)).float()
         if logits.is_cuda:
             torch.cuda.synchronize()
         self._seconds += time.perf_counter() - start
@@ -195,6 +198,7 @@ class SegmentationTask(L.LightningModule):
             "precision": str(self.trainer.precision),
             "threads": torch.get_num_threads(),
             "backend": selected(),
+            **({"test-time augmentation": "8 views"} if self.tta else {}),
         }
 
     def configure_optimizers(self) -> Any:

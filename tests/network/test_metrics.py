@@ -24,10 +24,15 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
 from eamnet.metrics import (
+    CALIBRATION_BINS,
     METRICS,
+    NSD_TOLERANCE,
     RATES,
     ImageMetrics,
     SegmentationMetrics,
+    boundary_metrics,
+    calibration_bins,
+    calibration_error,
     discretise,
     hausdorff95,
     image_metrics,
@@ -109,7 +114,7 @@ def test_a_hand_worked_picture() -> None:
     expected |= {"specificity": 4 / 5, "threshold_jaccard": 0.0}
     for name, value in expected.items():
         assert getattr(row, name) == pytest.approx(value, abs=1e-15), name
-    assert math.isnan(row.hd95)
+    assert all(math.isnan(getattr(row, name)) for name in ("hd95", "assd", "nsd", "ece"))
 
 
 def test_the_jaccard_threshold_itself_passes() -> None:
@@ -233,6 +238,41 @@ def test_hd95_of_shifted_squares_and_of_empty_masks() -> None:
     assert hausdorff95(square, empty) == hausdorff95(empty, square) == math.hypot(39, 49)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:monai")
+def test_boundary_metrics_agree_with_monai() -> None:
+    from monai.metrics.surface_dice import compute_surface_dice
+    from monai.metrics.surface_distance import compute_average_surface_distance
+
+    masks = [(t, p) for t, p in pairs(25) if t.any() and p.any()]
+    truth, prediction = (torch.tensor(np.array(part))[:, None] for part in zip(*masks, strict=True))
+    options = {"include_background": True}
+    assd = compute_average_surface_distance(prediction, truth, symmetric=True, **options)
+    tolerance = NSD_TOLERANCE * math.hypot(47, 60)
+    assert 0.5 < tolerance < 1, (
+        "no distance between pixels lies so near to it that rounding decides"
+    )
+    nsd = compute_surface_dice(prediction, truth, class_thresholds=[tolerance], **options)
+    ours = [boundary_metrics(t, p) for t, p in masks]
+    np.testing.assert_allclose([m["assd"] for m in ours], assd[:, 0].numpy(), rtol=1e-5)
+    np.testing.assert_allclose([m["nsd"] for m in ours], nsd[:, 0].numpy(), rtol=1e-5)
+    assert [m["hd95"] for m in ours] == [hausdorff95(t, p) for t, p in masks]
+
+
+def test_boundary_metrics_of_shifted_squares_and_of_empty_masks() -> None:
+    square = np.zeros((301, 401), bool)  # a diagonal of 500 pixels: the tolerance is 5
+    square[100:200, 100:200] = True
+    for shift, nsd in ((5, 1.0), (6, None)):
+        found = boundary_metrics(square, np.roll(square, shift, axis=1))
+        if nsd is None:
+            assert 0.4 < found["nsd"] < 0.8  # the upper and lower sides overlap, but for their ends
+        else:
+            assert found["nsd"] == nsd
+    empty = np.zeros_like(square)
+    assert boundary_metrics(empty, empty) == {"hd95": 0, "assd": 0, "nsd": 1}
+    for pair in ((square, empty), (empty, square)):
+        assert boundary_metrics(*pair) == {"hd95": 500, "assd": 500, "nsd": 0}
+
+
 def test_surface_distances_name_their_direction() -> None:
     truth, prediction = np.zeros((2, 9, 30), bool)
     truth[4, 2] = True
@@ -307,7 +347,7 @@ def test_the_two_averagings_on_a_hand_worked_pair() -> None:
     assert result["mean"]["dice"]["value"] == pytest.approx(0.5)
     assert result["pooled"]["dice"]["value"] == pytest.approx(180 / 182)
     assert result["mean"]["hd95"]["value"] == pytest.approx(math.hypot(9, 9) / 2)
-    assert set(result["mean"]) == set(METRICS)
+    assert set(result["mean"]) == set(METRICS) - {"ece"}
     assert set(result["pooled"]) == set(RATES)
 
 
@@ -321,7 +361,7 @@ def test_intervals_are_those_of_resampling_images_one_by_one() -> None:
     def interval(statistic: Callable[[NDArray[np.int64]], float]) -> list[float]:
         return list(np.percentile([statistic(draw) for draw in draws], [5, 95]))
 
-    for name in METRICS:
+    for name in macro["mean"]:
         values = np.array([getattr(r, name) for r in rows])
         low, high = interval(lambda draw, v=values: v[draw].mean())  # type: ignore[misc]
         estimate = macro["mean"][name]
@@ -359,6 +399,72 @@ def test_the_summary_depends_on_seed_and_rows_alone() -> None:
     assert summarise(rows, seed=1) != summarise(rows)
     result = summarise(rows)["resolutions"]
     assert result["network"] == result["native"], "the same draws must serve both resolutions"
+
+
+# --- calibration ------------------------------------------------------------------------------
+
+
+def brute_ece(truth: Mask, probability: NDArray[np.float32]) -> float:
+    """The definition, interval by interval."""
+    error = 0.0
+    for index in range(CALIBRATION_BINS):
+        low, high = index / CALIBRATION_BINS, (index + 1) / CALIBRATION_BINS
+        last = index == CALIBRATION_BINS - 1
+        inside = (probability >= low) & ((probability < high) | last)
+        if inside.any():
+            gap = probability[inside].astype(float).mean() - truth[inside].mean()
+            error += inside.mean() * abs(gap)
+    return float(error)
+
+
+def test_the_calibration_error_is_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        probability = rng.random((1, 40, 30), np.float32) ** 3
+        truth = rng.random((40, 30)) < probability[0] * 0.8
+        bins = calibration_bins(truth, probability)
+        assert bins.shape == (1, CALIBRATION_BINS, 3)
+        assert bins[..., 0].sum() == truth.size
+        assert calibration_error(bins)[0] == pytest.approx(brute_ece(truth, probability[0]))
+    right = np.array([[0.0, 1.0, 1.0]], np.float32)
+    assert calibration_error(calibration_bins(right > 0.5, right[None]))[0] == 0
+    assert calibration_error(calibration_bins(right < 0.5, right[None]))[0] == 1
+    with pytest.raises(ValueError, match="NaN"):
+        calibration_bins(right > 0.5, right[None] * np.float32("nan"))
+
+
+def test_calibration_is_pooled_over_images_and_drawn_with_them() -> None:
+    rng = np.random.default_rng(1)
+    rows, calibration = [], {}
+    for index in range(9):
+        probability = rng.dirichlet(np.ones(3), (11, 7)).transpose(2, 0, 1)
+        truth = rng.integers(0, 3, (11, 7))
+        bins = calibration_bins(truth, probability)
+        for label in (1, 2):
+            alone = calibration_bins(truth == label, probability[label : label + 1])
+            np.testing.assert_array_equal(alone[0], bins[label - 1])
+        calibration[str(index)] = {"native": bins}
+        rows += image_metrics(
+            str(index), truth, truth, resolution="native", num_classes=3, bins=bins
+        )
+    result = summarise(rows, calibration, resamples=100, seed=3)["resolutions"]["native"]  # type: ignore[arg-type]
+    everything = np.stack([calibration[str(i)]["native"] for i in range(9)])
+    draws = np.random.default_rng(3).integers(9, size=(100, 9))
+    for label in (1, 2):
+        of_class = everything[:, label - 1]
+        estimate = result["classes"][str(label)]["pooled"]["ece"]
+        assert estimate["value"] == pytest.approx(calibration_error(of_class.sum(0)))
+        redrawn = [calibration_error(of_class[draw].sum(0)) for draw in draws]
+        assert [estimate["low"], estimate["high"]] == pytest.approx(
+            list(np.percentile(redrawn, [2.5, 97.5]))
+        )
+        mean = result["classes"][str(label)]["mean"]["ece"]["value"]
+        assert mean == pytest.approx(np.mean([calibration_error(b) for b in of_class]))
+        curve = result["calibration"][str(label)]
+        assert sum(curve["pixels"]) == 9 * 77
+        for pixels, probability_, frequency in zip(*curve.values(), strict=True):  # type: ignore[call-overload]
+            assert (pixels == 0) == (probability_ is None) == (frequency is None)
+    json.dumps(result, allow_nan=False)
 
 
 def test_empty_masks_are_counted() -> None:
@@ -439,6 +545,16 @@ def test_rows_read_back_to_the_same_bits(tmp_path: Path) -> None:
     for actual, expected in zip(read_csv(path), sorted(rows, key=key), strict=True):
         assert repr(actual) == repr(expected)
     assert path.read_bytes().splitlines()[0].startswith(b"id,resolution,label,height,width")
+
+
+def test_files_of_before_the_later_columns_are_read(tmp_path: Path) -> None:
+    rows = rows_of(pairs(3), hd95=True)
+    path = tmp_path / "per_image.csv"
+    write_csv(rows, path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line.rsplit(",", 5)[0] for line in lines) + "\n")
+    for actual, expected in zip(read_csv(path), rows, strict=True):
+        assert repr(actual) == repr(replace(expected, assd=math.nan, nsd=math.nan))
 
 
 def test_foreign_rows_are_refused(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_every_number_of_the_summary_is_in_the_table(page: Page, run_dir: Path) 
     for resolution in summary["resolutions"].values():
         for averaging in ("mean", "pooled"):
             for name, e in resolution["macro"][averaging].items():
-                digits = 1 if name == "hd95" else 3
+                digits = 1 if name in ("hd95", "assd") else 3
                 value, low, high = (f"{e[k]:.{digits}f}" for k in ("value", "low", "high"))
                 assert f"{value} {low}–{high}" in table, (name, averaging)
     for word in ("mean over pictures", "pooled pixels", "native resolution", "network resolution"):
