@@ -371,7 +371,9 @@ class Options(_RunCLI):
 
     def build(self, config: Namespace) -> tuple[SegmentationTask, SegmentationData]:
         """The network and the data of a configuration, which shows whether it is valid."""
-        built = self.parser.instantiate_classes(config)
+        # Renamed in jsonargparse 4.49.
+        instantiate = getattr(self.parser, "instantiate", self.parser.instantiate_classes)
+        built = instantiate(config)
         return built.model, built.data
 
     def dump(self, config: Namespace) -> str:
