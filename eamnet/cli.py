@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command("compare the values of an option", "eamnet.studies", "sweep"),
     "kfold": Command("cross-validate", "eamnet.studies", "kfold"),
     "external": Command("train on one data set, test on another", "eamnet.external", "external"),
+    "attention": Command("heat maps of CMAM, channels of EAB", "eamnet.attention", "attention"),
     "card": Command("export a tested run: float16 weights, model card", "eamnet.card", "card"),
     "bench": Command("time the operators beside their rivals", "eamnet.benchmark", "bench"),
     "doctor": Command("show versions, backends and what cannot run", "eamnet.doctor", "doctor"),

@@ -10,6 +10,7 @@ A report is built from what lies in the run folder, and from nothing else::
     test/, validation/    an evaluation: per_image.csv, summary.json, speed.json,
                           pictures/<id>/*.png; also test-tta/, validation-tta/
     test-<data set>/      the same, of another data set
+    attention/            what `eamnet attention` wrote, if it was asked
 
 What is missing or damaged is named in the report and left out.
 """
@@ -637,6 +638,17 @@ class _Run:
                 result.sizes[resolution] = _sizes(sizes)
         return result
 
+    def attention(self) -> dict[str, Any] | None:
+        """What ``eamnet attention`` found, with its two pictures; None if it was not asked."""
+        if not (self.folder / "attention").is_dir():
+            return None
+        found = self.read("attention/attention.json", _read_table, "no attention maps")
+        sheet = self.read("attention/sheet.png", _embed_attention, "no attention maps")
+        channels = self.read("attention/channels.png", _embed_attention, "no attention maps")
+        if found is None or sheet is None or channels is None:
+            return None
+        return {**found, "sheet": sheet, "channels": channels}
+
     def _groups(
         self, part: str, rows: list[ImageMetrics], cases: dict[str, _Case]
     ) -> dict[str, list[tuple[_Case, _Graphic]]]:
@@ -650,6 +662,14 @@ class _Run:
                     alt = f"{name} with the outlines of truth and prediction"
                     groups.setdefault(group, []).append((cases[name], _embed(png, alt)))
         return groups
+
+
+def _embed_attention(path: Path) -> _Graphic:
+    what = {
+        "sheet": "Pictures with outlines, and the attention maps of each network",
+        "channels": "Attention to channels, and the channels that EAB keeps",
+    }
+    return _embed(path.read_bytes(), what[path.stem], pixels_per_unit=1)
 
 
 def _sizes(sizes: set[tuple[int, int]]) -> str:
@@ -752,6 +772,7 @@ def write_report(run_dir: Path | str) -> Path:
         dataset=dataset,
         evaluations=evaluations,
         curves=_curves_figure(curves) if curves else None,
+        attention=run.attention(),
         config=config,
         split=_flat(split),
         versions=_flat(versions),
