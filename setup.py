@@ -168,10 +168,10 @@ def jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), int(free[1]) >> 20 if free else 1))
 
 
-def schemas() -> dict[str, str]:
-    """The table of operator schemas, without importing the package (which needs torch)."""
-    table: dict[str, str] = runpy.run_path(str(ROOT / PACKAGE / "ops" / "schemas.py"))["SCHEMAS"]
-    return table
+def schemas() -> list[dict[str, str]]:
+    """The tables of operator schemas, without importing the package (which needs torch)."""
+    names = runpy.run_path(str(ROOT / PACKAGE / "ops" / "schemas.py"))
+    return [names["SCHEMAS"], names["NATIVE_SCHEMAS"]]
 
 
 def git_commit() -> str | None:
@@ -258,9 +258,11 @@ class BuildNative(build_ext):
         torch, torch_version = torch_install()
 
         build = ROOT / "build" / ("native" + (f"-{sanitizer}" if sanitizer else ""))
-        table = schemas()
-        definitions = "".join(f"m.def({json.dumps(schema)});\n" for schema in table.values())
-        write_if_changed(build / "eamnet_schemas.inc", definitions)
+        tables = schemas()
+        headers = ("eamnet_schemas", "eamnet_native_schemas")
+        for table, header in zip(tables, headers, strict=True):
+            definitions = "".join(f"m.def({json.dumps(schema)});\n" for schema in table.values())
+            write_if_changed(build / f"{header}.inc", definitions)
         write_if_changed(build / "build.ninja", ninja_file(build, cxx, torch, extra))
         command = [ninja(), "-C", str(build), "-j", str(jobs())]
         import fcntl  # not on Windows, where this file runs as well but nothing is compiled
@@ -290,7 +292,7 @@ class BuildNative(build_ext):
             "levels": LEVELS[platform.machine()],
             "sanitizer": sanitizer or None,
             "schemas_sha256": hashlib.sha256(
-                json.dumps(table, sort_keys=True).encode()
+                json.dumps(tables, sort_keys=True).encode()
             ).hexdigest(),
         }
         target = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / PACKAGE

@@ -79,7 +79,7 @@ def cpu_level() -> str:
 
 def _check() -> None:
     """Refuse, with a reason, what would fail to load or, loaded, would not fit the Python files."""
-    from eamnet_kernels.ops.schemas import SCHEMAS
+    from eamnet_kernels.ops.schemas import NATIVE_SCHEMAS, SCHEMAS
 
     if not _LIBRARY.exists():
         if sys.platform != "linux":
@@ -105,11 +105,12 @@ def _check() -> None:
             f"{_LIBRARY} needs torch {target} or later, installed is {torch.__version__}. "
             f"pip install 'torch>={target}'"
         )
-    digest = hashlib.sha256(json.dumps(SCHEMAS, sort_keys=True).encode()).hexdigest()
+    tables = json.dumps([SCHEMAS, NATIVE_SCHEMAS], sort_keys=True)
+    digest = hashlib.sha256(tables.encode()).hexdigest()
     if record.get("schemas_sha256") != digest:
         raise NativeLibraryError(
-            f"{_LIBRARY} was built from other operator schemas than those of this version "
-            f"(eamnet_kernels/ops/schemas.py). Build it again: {_BUILD}"
+            f"{_LIBRARY}, built {record.get('date')}, does not fit these Python files: it has "
+            f"other schemas than those of eamnet_kernels/ops/schemas.py. Build it again: {_BUILD}"
         )
 
 

@@ -1,8 +1,9 @@
 """The operators' schemas: the one place where their signatures are written.
 
-`setup.py` turns this table into the header that `csrc/schemas.cpp` registers, so that the compiled
-library and Python can never disagree; where the library is not built, `eamnet_kernels.ops`
-registers the same strings. This file imports nothing, because `setup.py` executes it on its own.
+`setup.py` turns these tables into the headers that `csrc/schemas.cpp` registers, and `native.py`
+refuses a library that was built from others, so that the compiled library and Python can never
+disagree; where the library is not built, `eamnet_kernels.ops` registers the strings of the first
+table. This file imports nothing, because `setup.py` executes it on its own.
 
 Conventions
 - `B` batch, `C` channels, `H`, `W` picture, `N = H*W` pixels, `h` heads, `d` channels of a head,
@@ -74,5 +75,68 @@ SCHEMAS: dict[str, str] = {
         "multi_dilation_conv_backward(Tensor grad_out, Tensor x, Tensor[] w_branches,"
         " Tensor w_point, bool has_bias, int[] dilations, str activation, Tensor preactivation,"
         " *, str backend='auto') -> (Tensor, Tensor[], Tensor, Tensor)"
+    ),
+}
+
+# The kernels of the `cpu` backend: `csrc/cpu/<operator>.cpp` implements them, and says what they
+# take and give; `eamnet_kernels/cpu/<operator>.py` calls them.
+NATIVE_SCHEMAS: dict[str, str] = {
+    "cpu_level": "cpu_level() -> str",
+    "gate_statistics": (
+        "gate_statistics(Tensor x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "gate_statistics_backward": (
+        "gate_statistics_backward(Tensor grad_pixel_mean, Tensor grad_pixel_max,"
+        " Tensor grad_channel_mean, Tensor grad_channel_max, Tensor pixel_argmax,"
+        " Tensor channel_argmax, bool channels_last) -> Tensor"
+    ),
+    "cross_mix_channels_grams": "cross_mix_channels_grams(Tensor x, Tensor spatial_gate) -> Tensor",
+    "cross_mix_channels_apply": (
+        "cross_mix_channels_apply(Tensor x, Tensor spatial_gate, Tensor matrices,"
+        " bool channels_last) -> Tensor"
+    ),
+    "cross_mix_channels_grad_matrices": (
+        "cross_mix_channels_grad_matrices(Tensor grad_out, Tensor x, Tensor spatial_gate) -> Tensor"
+    ),
+    "cross_mix_channels_apply_backward": (
+        "cross_mix_channels_apply_backward(Tensor grad_out, Tensor x, Tensor spatial_gate,"
+        " Tensor matrices, Tensor doubled, bool channels_last) -> (Tensor, Tensor)"
+    ),
+    "external_memory_lse": "external_memory_lse(Tensor x, Tensor key) -> (Tensor, Tensor)",
+    "external_memory_scores": (
+        "external_memory_scores(Tensor x, Tensor key, Tensor value, Tensor lse,"
+        " Tensor logits) -> Tensor"
+    ),
+    "external_memory_read": (
+        "external_memory_read(Tensor x, Tensor key, Tensor readout, Tensor lse, Tensor logits,"
+        " bool channels_last) -> Tensor"
+    ),
+    "external_memory_backward_sums": (
+        "external_memory_backward_sums(Tensor grad_out, Tensor x, Tensor key, Tensor readout,"
+        " Tensor lse) -> (Tensor, Tensor)"
+    ),
+    "external_memory_backward": (
+        "external_memory_backward(Tensor grad_out, Tensor x, Tensor key, Tensor readout,"
+        " Tensor lse, Tensor row, bool channels_last) -> (Tensor, Tensor)"
+    ),
+    "multi_dilation_conv": (
+        "multi_dilation_conv(Tensor x, Tensor[] w_branches, Tensor w_point, Tensor? bias,"
+        " int[] dilations, str activation, bool save_for_backward, bool channels_last)"
+        " -> (Tensor, Tensor)"
+    ),
+    "multi_dilation_conv_backward": (
+        "multi_dilation_conv_backward(Tensor grad_out, Tensor x, Tensor[] w_branches,"
+        " Tensor w_point, bool has_bias, int[] dilations, str activation, Tensor preactivation,"
+        " bool channels_last) -> (Tensor, Tensor[], Tensor, Tensor)"
+    ),
+    "cross_mix_pixels": (
+        "cross_mix_pixels(Tensor q_s, Tensor k_s, Tensor v_s, Tensor q_c, Tensor k_c,"
+        " Tensor v_c, Tensor? spatial_gate, float scale, bool save_for_backward)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "cross_mix_pixels_backward": (
+        "cross_mix_pixels_backward(Tensor grad_out, Tensor q_s, Tensor k_s, Tensor v_s,"
+        " Tensor q_c, Tensor k_c, Tensor v_c, Tensor? spatial_gate, Tensor branches, Tensor lse,"
+        " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }

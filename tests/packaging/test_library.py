@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 import eamnet_kernels
 from eamnet_kernels import native
-from eamnet_kernels.ops.schemas import SCHEMAS
+from eamnet_kernels.ops.schemas import NATIVE_SCHEMAS, SCHEMAS
 
 pytestmark = pytest.mark.usefixtures("loaded")
 LIBRARY = Path(native.__file__).with_name("_C.so")
@@ -62,15 +63,28 @@ def test_facts(build: SimpleNamespace) -> None:
     assert not any("native" in flag for flag in facts["flags"]), "built for one machine only"
     for key in ("torch_version", "compiler", "date"):
         assert facts[key]
-    table = json.dumps(SCHEMAS, sort_keys=True).encode()
-    assert facts["schemas_sha256"] == hashlib.sha256(table).hexdigest()
+    tables = json.dumps([SCHEMAS, NATIVE_SCHEMAS], sort_keys=True).encode()
+    assert facts["schemas_sha256"] == hashlib.sha256(tables).hexdigest()
 
 
-@pytest.mark.parametrize("operator", SCHEMAS)
-def test_schemas_of_both_languages_agree(operator: str) -> None:
-    packet = getattr(torch.ops.eamnet_kernels, operator)
-    text = SCHEMAS[operator]
-    assert packet.default._schema == torch._C.parse_schema(f"eamnet_kernels::{text}")
+@pytest.mark.parametrize(
+    ("namespace", "table"),
+    [("eamnet_kernels", SCHEMAS), ("eamnet_kernels_native", NATIVE_SCHEMAS)],
+)
+def test_schemas_of_both_languages_agree(namespace: str, table: dict[str, str]) -> None:
+    everything = torch._C._jit_get_all_schemas()
+    registered = {s.name: s for s in everything if s.name.startswith(f"{namespace}::")}
+    expected = {f"{namespace}::{name}" for name in table}
+    assert registered.keys() == expected
+    for name, text in table.items():
+        assert registered[f"{namespace}::{name}"] == torch._C.parse_schema(f"{namespace}::{text}")
+
+
+def test_every_kernel_is_called_and_every_call_has_a_kernel(root: Path) -> None:
+    called = {"cpu_level"}
+    for path in (root / "eamnet_kernels" / "cpu").glob("*.py"):
+        called |= set(re.findall(r"(?:_native|eamnet_kernels_native)\.(\w+)", path.read_text()))
+    assert called == NATIVE_SCHEMAS.keys()
 
 
 def test_schemas_come_from_the_library(python) -> None:

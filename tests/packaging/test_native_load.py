@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from eamnet_kernels import native
+from eamnet_kernels.ops import schemas
 
 
 @pytest.fixture
@@ -80,7 +81,43 @@ def test_torch_too_old(folder: Path) -> None:
 
 def test_other_schemas(folder: Path) -> None:
     _edit_record(folder, schemas_sha256="0" * 64)
-    assert "other operator schemas" in _reason()
+    assert "other schemas" in _reason()
+
+
+@pytest.mark.parametrize("table", ["SCHEMAS", "NATIVE_SCHEMAS"])
+def test_older_than_the_python_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    monkeypatch.setitem(getattr(schemas, table), "new", "new(Tensor x) -> Tensor")
+    reason = _reason()
+    assert "does not fit these Python files" in reason
+    assert "Build it again" in reason
+
+
+def test_a_stale_library_is_passed_over(folder: Path, python) -> None:
+    """A kernel that it lacks must not be missed in the middle of a call."""
+    package = Path(native.__file__).parent
+    ignored = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(package, folder / "eamnet_kernels", ignore=ignored)
+    for name in ("_C.so", "_C.json"):
+        shutil.copy(folder / name, folder / "eamnet_kernels" / name)
+    table = folder / "eamnet_kernels" / "ops" / "schemas.py"
+    text = table.read_text()
+    table.write_text(text.replace('"gate_statistics(Tensor x) ->', '"gate_statistics(Tensor y) ->'))
+    assert table.read_text() != text
+    code = """if True:
+        import torch
+        import eamnet_kernels as ek
+        x = torch.randn(2, 4, 5, 6)
+        assert torch.allclose(ek.functional.gate_statistics(x).pixel_mean, x.mean(1, keepdim=True))
+        print(ek.explain("gate_statistics", x))
+        with ek.use_backend("cpu"):
+            ek.functional.gate_statistics(x)
+    """
+    done = python("-c", code, PYTHONPATH=str(folder))
+    assert "gate_statistics: reference" in done.stdout
+    assert "Build it again" in done.stdout
+    assert "RuntimeError: backend 'cpu' cannot run gate_statistics here" in done.stderr
 
 
 def test_symbol_missing(folder: Path, build: SimpleNamespace) -> None:
