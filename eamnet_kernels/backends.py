@@ -75,6 +75,12 @@ def _native_unavailable() -> str | None:
     return f"the compiled library did not load: {native.error()}"
 
 
+def _triton_unavailable() -> str | None:
+    from eamnet_kernels import triton
+
+    return triton.unavailable()
+
+
 # In the order of preference of `auto`.
 _REGISTRY: dict[str, Backend] = {}
 
@@ -86,6 +92,14 @@ def register(backend: Backend) -> None:
     _REGISTRY[backend.name] = backend
 
 
+register(
+    Backend(
+        "triton",
+        "Triton kernels for NVIDIA GPUs",
+        _triton_unavailable,
+        operators=("gate_statistics",),
+    )
+)
 register(Backend("cpu", "C++ with run-time SIMD dispatch", _native_unavailable))
 register(Backend("reference", "plain PyTorch, any device and dtype", lambda: None))
 
