@@ -12,6 +12,8 @@ and at two bytes per element those, not memory, bound it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from eamnet_kernels.backends import Arguments
 from eamnet_kernels.cpu import pixels_in_sequence
+from eamnet_kernels.ops.layout import is_channels_last
 from eamnet_kernels.triton import declines as declines
 from eamnet_kernels.triton import refuses
 from eamnet_kernels.triton.configurations import Configuration, Rule, Table
@@ -29,10 +32,15 @@ _LARGEST = tl.constexpr(2**31 - 1)
 
 PARTIAL = Table(
     "gate_statistics.partial",
+    # A row of a block is what lies in sequence: 128 bits of it are one thread's.
+    Rule(
+        {"layout": "channels-last", "pixels": 4096}, Configuration({"PIXELS": 32, "CHANNELS": 32})
+    ),
+    Rule({"layout": "channels-last"}, Configuration({"PIXELS": 64, "CHANNELS": 32})),
     # Small maps have few blocks of pixels; short ones give every multiprocessor something to do.
-    Rule({"pixels": 4096}, Configuration({"PIXELS": 64, "CHANNELS": 16})),
+    Rule({"pixels": 4096}, Configuration({"PIXELS": 128, "CHANNELS": 8})),
     Rule({"pixels": 16384}, Configuration({"PIXELS": 256, "CHANNELS": 8})),
-    Rule({}, Configuration({"PIXELS": 512, "CHANNELS": 4})),
+    Rule({}, Configuration({"PIXELS": 512, "CHANNELS": 4}, num_warps=8)),
 )
 JOIN = Table(
     "gate_statistics.join",
@@ -90,6 +98,8 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
     n = t * PIXELS + tl.arange(0, PIXELS)
     row = tl.arange(0, CHANNELS)
     x += b * stride_b
+    partial_sum += b * C * T + t
+    partial_max += b * C * T + t
     at_n = n.to(index) * stride_n
     total = tl.zeros([CHANNELS, PIXELS], tl.float32)
     best = tl.full([CHANNELS, PIXELS], _LEAST, tl.int32)
@@ -105,9 +115,8 @@ def _partial_kernel(  # type: ignore[no-untyped-def]
         better = key > best
         best = tl.where(better, key, best)
         best_c = tl.where(better, c[:, None], best_c)
-        to = (b * C + c) * T + t
-        tl.store(partial_sum + to, tl.sum(value, 1), c < C)
-        tl.store(partial_max + to, tl.max(key, 1), c < C)
+        tl.store(partial_sum + c.to(index) * T, tl.sum(value, 1), c < C)
+        tl.store(partial_max + c.to(index) * T, tl.max(key, 1), c < C)
     key = tl.max(best, 0)
     first = tl.min(tl.where(best == key[None, :], best_c, _LARGEST), 0)
     mean = tl.div_rn(tl.sum(total, 0), tl.cast(C, tl.float32))
@@ -178,7 +187,8 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     pixel_argmax = x.new_empty((batch, 1, height, width), dtype=torch.int32)
     channel_argmax = x.new_empty((batch, channels), dtype=torch.int64)
 
-    configuration = PARTIAL.configuration(x.device, pixels=pixels, channels=channels)
+    layout = "channels-last" if is_channels_last(x) else "nchw"
+    configuration = PARTIAL.configuration(x.device, pixels=pixels, channels=channels, layout=layout)
     length = configuration.blocks["PIXELS"]
     tiles = blocks(pixels, length)
     partial_sum = x.new_empty((batch, channels, tiles), dtype=torch.float32)
@@ -289,3 +299,10 @@ def backward(
         WIDE=wide(grad_x),
     )  # fmt: skip
     return grad_x
+
+
+def exercise(empty: Callable[..., Tensor]) -> None:
+    """Forward and backward at shapes that meet every rule of the tables, for the audit."""
+    for shape in ((8, 256, 32, 32), (8, 64, 128, 128), (8, 32, 256, 256), (2, 20, 9, 11)):
+        x = empty(*shape)
+        backward(*forward(x), is_channels_last(x))

@@ -8,10 +8,13 @@ largest error is at most 2 times (gradients: 3 times) that of the definition in 
 one rounding of the largest value (of any gradient, for one that cancels to nothing). In float64,
 where the definition is itself the truth, the bound is the textbook one for a sum of n terms, n
 roundings of the largest value.
+
+EAMNET_TEST_DEVICE=cuda puts the tensors on a GPU.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +26,9 @@ import eamnet_kernels
 from eamnet_kernels import backends
 
 from .operators import OPERATORS, Inputs, Operator
+
+DEVICE = os.environ.get("EAMNET_TEST_DEVICE", "cpu")
+torch.backends.cudnn.allow_tf32 = False  # plain PyTorch is the measure, in the dtype that it names
 
 DTYPES = {
     "float32": torch.float32,
@@ -76,7 +82,7 @@ def draw(operator: Operator, case: dict[str, Any], dtype: torch.dtype, seed: int
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    return mapped(operator.make(case, randn), lambda t: t.to(dtype))
+    return mapped(operator.make(case, randn), lambda t: t.to(DEVICE, dtype))
 
 
 def require(backend: str, operator: Operator, inputs: Inputs, case: dict[str, Any]) -> None:
@@ -105,7 +111,7 @@ def evaluate(
     if grads is None:
         generator = torch.Generator().manual_seed(1)
         grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in out]
-        grads = [g.to(o.dtype) for g, o in zip(grads, out, strict=True)]
+        grads = [g.to(o) for g, o in zip(grads, out, strict=True)]
     got = torch.autograd.grad(
         out, leaves(inputs), [g.to(o.dtype) for g, o in zip(grads, out, strict=True)]
     )
@@ -161,14 +167,14 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _sliced(x: Tensor) -> Tensor:
     """The same values inside a larger tensor: gaps between rows, channels and samples."""
-    big = torch.full([s + 2 for s in x.shape], torch.nan, dtype=x.dtype)
+    big = x.new_full([s + 2 for s in x.shape], torch.nan)
     inner = big[tuple(slice(1, s + 1) for s in x.shape)]
     inner.copy_(x)
     return inner
 
 
 def _sliced_channels(x: Tensor) -> Tensor:
-    big = torch.full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), torch.nan, dtype=x.dtype)
+    big = x.new_full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), torch.nan)
     big[:, 2:-1] = x
     return big[:, 2:-1]
 
@@ -227,7 +233,7 @@ def test_incoming_gradients_in_any_layout(
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
     # The gradient of a sum is one element, expanded.
-    ones = [torch.ones((), dtype=g.dtype).expand_as(g) for g in grads]
+    ones = [g.new_ones(()).expand_as(g) for g in grads]
     _, got, _ = evaluate(operator.run, inputs, case, ones)
     _, expected, _ = evaluate(operator.run, inputs, case, [o.contiguous() for o in ones])
     for a, b in zip(got, expected, strict=True):
@@ -392,7 +398,7 @@ def test_autocast(operator: Operator, case: dict[str, Any], backend: str) -> Non
     inputs = draw(operator, case, torch.float32)
     rounded = mapped(inputs, lambda t: t.bfloat16())
     require(backend, operator, rounded, case)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         values, grads, _ = evaluate(operator.run, inputs, case)
     keeps = operator.name == "gate_statistics"
     assert all(v.dtype == (torch.float32 if keeps else torch.bfloat16) for v in values)
