@@ -92,6 +92,12 @@ def register(backend: Backend) -> None:
     _REGISTRY[backend.name] = backend
 
 
+def _cuda_unavailable() -> str | None:
+    from eamnet_kernels import native
+
+    return native.cuda_error()
+
+
 register(
     Backend(
         "triton",
@@ -100,6 +106,8 @@ register(
         operators=("gate_statistics",),
     )
 )
+# After Triton: no measurement on a card says yet that these are faster there (docs/cuda.md).
+register(Backend("cuda", "CUDA C++", _cuda_unavailable, ("gate_statistics", "multi_dilation_conv")))
 register(Backend("cpu", "C++ with run-time SIMD dispatch", _native_unavailable))
 register(Backend("reference", "plain PyTorch, any device and dtype", lambda: None))
 

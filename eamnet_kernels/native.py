@@ -1,6 +1,6 @@
-"""Loads the compiled operators, `_C.so`, once, and keeps the reason when it cannot.
+"""Loads the compiled operators, `_C.so` and `_C_cuda.so`, once, and keeps the reason if it cannot.
 
-`setup.py` builds the library beside this file. Importing the package never fails for lack of it:
+`setup.py` builds the libraries beside this file. Importing the package never fails for lack of it:
 the operators then run on their other backends, and `error()` says why and what to do.
 """
 
@@ -75,6 +75,34 @@ def cpu_level() -> str:
     if reason is not None:
         raise reason
     return str(torch.ops.eamnet_kernels_native.cpu_level())
+
+
+@cache
+def _load_cuda() -> str | None:
+    major = (torch.version.cuda or "").partition(".")[0]
+    if not major:
+        return f"torch {torch.__version__} is a build without CUDA"
+    library = _LIBRARY.with_name("_C_cuda.so")
+    try:
+        record = json.loads(library.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        record = None
+    if record is None or not library.exists():
+        return f"the CUDA kernels are not built. It needs nvcc: EAMNET_CUDA=1 {_BUILD}"
+    if record["cuda_version"].partition(".")[0] != major:
+        return f"{library} was built with CUDA {record['cuda_version']}, torch has {major}"
+    if not load():  # it defines what the other implements
+        return f"the compiled library did not load: {error()}"
+    try:
+        torch.ops.load_library(library)
+    except (OSError, RuntimeError) as cause:
+        return f"{library} could not be loaded: {cause}"
+    return None
+
+
+def cuda_error() -> str | None:
+    """Why the CUDA kernels, `_C_cuda.so`, are not loaded, or None if they are; loads them."""
+    return _load_cuda()
 
 
 def _check() -> None:
