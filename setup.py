@@ -7,11 +7,17 @@ it records what it was built from.
 - `csrc/*.cpp` is compiled once.
 - `csrc/cpu/*.cpp` is compiled once per instruction set ("level", see `csrc/cpu/dispatch.h`) and
   the right one is chosen at run time, never by the machine that builds.
-- A CUDA library will be a second one, `_C_cuda.so` with implementations only: one that needs CUDA
-  could not be loaded by a torch without it.
+- `csrc/cuda/*.cu` makes a second library, `_C_cuda.so`, with implementations only: one that needs
+  CUDA could not be loaded by a torch without it. It is built when asked for, never by looking for
+  a GPU, and needs nvcc but no torch with CUDA. `python setup.py build_cuda` builds it alone, in
+  place.
 
 Environment
 - `EAMNET_BUILD_NATIVE=0`: no compiled library; the operators run on their other backends.
+- `EAMNET_CUDA=1` or `=0`: with or without `_C_cuda.so`; else with it where `CUDA_HOME` is set.
+- `CUDA_HOME`: where nvcc is (in `bin`); else nvcc from the path, then `/usr/local/cuda`.
+- `TORCH_CUDA_ARCH_LIST`: compute capabilities, as for torch; else 8.0;9.0+PTX, which serves every
+  card from 8.0 on, later ones by compiling the PTX of 9.0 when it is first loaded.
 - `CXX`: the C++ compiler (GCC 11, Clang 14 or later); else `c++`, `g++`, `clang++` from the path.
 - `CXXFLAGS`, `LDFLAGS`: appended to the flags below.
 - `MAX_JOBS`: compilations at once; else as many as processors and free memory allow.
@@ -35,7 +41,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import setuptools
 
@@ -45,7 +51,7 @@ if int(setuptools.__version__.partition(".")[0]) < 77:  # without build isolatio
         "--no-build-isolation, or: pip install 'setuptools>=77' wheel ninja"
     )
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -83,6 +89,16 @@ COMPILE = [
     "-DTORCH_STABLE_ONLY",
     f"-DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000",
 ]
+NVCC = [
+    "-std=c++20",
+    "-O3",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-g0",
+    "-Xfatbin=-compress-all",
+    "-DUSE_CUDA",
+    *COMPILE[-2:],
+]
+CUDA_LIBRARY, CUDA_FACTS = "_C_cuda.so", "_C_cuda.json"
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 LINK = ["-shared", "-Wl,--no-undefined", "-Wl,--as-needed", "-Wl,-z,relro", "-Wl,-z,now"]
 SANITIZERS = {
     "address": ["-fsanitize=address"],
@@ -108,6 +124,50 @@ def native_wanted() -> bool:
     if switch not in ("0", "1"):
         raise SystemExit(f"EAMNET_BUILD_NATIVE is '{switch}'; accepted are 0 and 1")
     return switch == "1" and sys.platform == "linux"
+
+
+def cuda_wanted() -> bool:
+    """Whether to build the CUDA library: by the switch, else by CUDA_HOME."""
+    switch = os.environ.get("EAMNET_CUDA", "")
+    if switch not in ("", "0", "1"):
+        raise SystemExit(f"EAMNET_CUDA is '{switch}'; accepted are 0 and 1")
+    return native_wanted() and (switch == "1" or (not switch and bool(os.environ.get("CUDA_HOME"))))
+
+
+def nvcc() -> tuple[Path, str]:
+    """The CUDA compiler and its version."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc")
+    places = [Path(home) / "bin" / "nvcc"] if home else [Path("/usr/local/cuda/bin/nvcc")]
+    if found and not home:
+        places.insert(0, Path(found))
+    program = next((p for p in places if p.is_file()), None)
+    if program is None:
+        fail(
+            f"The CUDA library was asked for and nvcc was not found (looked for: {places[0]}).",
+            "Install the CUDA toolkit or point CUDA_HOME to it; EAMNET_CUDA=0 builds without.",
+        )
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release (\d+\.\d+)", said)
+    if version is None or int(version[1].partition(".")[0]) < 12:
+        fail(f"{program} says: {said}", "CUDA 12 or later is needed (C++20).")
+    return program, version[1]
+
+
+def cuda_architectures() -> list[str]:
+    """nvcc's flags for the architectures of TORCH_CUDA_ARCH_LIST."""
+    flags = []
+    for item in re.split(r"[; ,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if match is None or int(match[1]) < 8:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST has '{item}'; accepted are numbers from 8.0 on, with +PTX"
+            )
+        number = f"{match[1]}{match[2]}{match[3]}"
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 def compiler() -> tuple[list[str], str]:
@@ -160,12 +220,14 @@ def ninja() -> str:
     return program
 
 
-def jobs() -> int:
-    """Compilations at once: one per processor, each with 1 GiB of memory to itself."""
+def jobs(gibibytes: int = 1) -> int:
+    """Compilations at once: one per processor, each with so much memory to itself."""
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
     free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return max(1, min(len(os.sched_getaffinity(0)), int(free[1]) >> 20 if free else 1))
+    return max(
+        1, min(len(os.sched_getaffinity(0)), (int(free[1]) >> 20) // gibibytes if free else 1)
+    )
 
 
 def schemas() -> list[dict[str, str]]:
@@ -239,6 +301,117 @@ def ninja_file(build: Path, cxx: list[str], torch: Path, extra: list[str]) -> st
     return "\n".join(lines) + "\n"
 
 
+def cuda_ninja_file(cxx: list[str], program: Path, torch: Path) -> str:
+    """The text of build.ninja for the CUDA library.
+
+    libtorch_cuda.so, in which the current stream is asked for, need not be there to build: a stub
+    of that name stands in for it. CUDA's run-time library is linked in, so that none has to match.
+    """
+    home = program.resolve().parents[1]
+    flags = [*NVCC, *cuda_architectures(), f"-ccbin={cxx[0]}", *cxx[1:]]
+    flags += [f"-I{ROOT / 'csrc'}", f"-isystem={torch / 'include'}"]
+    link = [a for a in LINK if a not in ("-Wl,--as-needed", "-Wl,--no-undefined")]
+    link += ["-Wl,--exclude-libs,ALL", "-Wl,-s", f"-L{torch / 'lib'}", "-L."]
+    link += [f"-L{home / folder}" for folder in ("lib64", "lib") if (home / folder).is_dir()]
+    stub = "void aoti_torch_get_current_cuda_stream() {}"
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    objects = " ".join(f"{source.stem}.o" for source in sources)
+    return "\n".join(
+        [
+            "ninja_required_version = 1.5",
+            "rule compile",
+            f"  command = {shlex.join([str(program), '-MD', '-MF'])} $out.d"
+            f" {shlex.join(flags)} -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule stub",
+            f"  command = echo '{stub}' | {shlex.join(cxx)} -x c -shared -fPIC"
+            " -Wl,-soname,libtorch_cuda.so - -o $out",
+            "rule link",
+            f"  command = {shlex.join([*cxx, *link])} {objects} -ltorch_cpu -ltorch_cuda"
+            " -lcudart_static -lpthread -ldl -lrt -o $out",
+            "build libtorch_cuda.so: stub",
+            *(f"build {source.stem}.o: compile {ninja_path(source)}" for source in sources),
+            f"build {CUDA_LIBRARY}: link {objects} | libtorch_cuda.so",
+            "",
+        ]
+    )
+
+
+def run_ninja(build: Path, processes: int, what: str) -> None:
+    """Bring what the build.ninja in `build` describes up to date."""
+    import fcntl  # not on Windows, where this file runs as well but nothing is compiled
+
+    with (build / "lock").open("w") as lock:
+        # Ninja does not expect another ninja in its folder.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [ninja(), "-C", str(build), "-j", str(processes)]
+        returned = subprocess.run(command, check=False).returncode
+    if returned != 0:
+        fail(
+            f"The compiler's messages stand above ({what}).",
+            "If it ran out of memory, try MAX_JOBS=1.",
+        )
+
+
+def put(build: Path, target: Path, library: str, facts: dict[str, Any]) -> None:
+    """Put a built library and what it was built from, as JSON beside it, into a package."""
+    target.mkdir(parents=True, exist_ok=True)
+    # Written under another name and moved: a process that has the old one open keeps it.
+    shutil.copy2(build / library, target / f"{library}.new")
+    (target / f"{library}.new").replace(target / library)
+    (target / library).with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def common_facts(version: str, torch_version: str) -> dict[str, Any]:
+    """What every library's record says."""
+    return {
+        "project_version": version,
+        "git_commit": git_commit(),
+        "date": datetime.datetime.fromtimestamp(
+            int(os.environ.get("SOURCE_DATE_EPOCH", time.time())), datetime.timezone.utc
+        ).isoformat(),
+        "machine": platform.machine(),
+        "platform": sys.platform,
+        "torch_version": torch_version,
+        "torch_target": ".".join(map(str, TARGET)),
+    }
+
+
+def build_cuda(target: Path, version: str) -> None:
+    """Build the CUDA library and put it into the package folder `target`."""
+    program, cuda_version = nvcc()
+    cxx, cxx_version = compiler()
+    torch, torch_version = torch_install()
+    build = ROOT / "build" / "cuda"
+    write_if_changed(build / "build.ninja", cuda_ninja_file(cxx, program, torch))
+    run_ninja(build, jobs(gibibytes=2), f"nvcc {cuda_version}, torch {torch_version}")
+    facts = {
+        **common_facts(version, torch_version),
+        "cuda_version": cuda_version,
+        "compiler": cxx_version,
+        "flags": [*NVCC, *cuda_architectures()],
+    }
+    put(build, target, CUDA_LIBRARY, facts)
+
+
+class BuildCuda(Command):
+    """The CUDA library alone, into the package of the checkout."""
+
+    description = "build eamnet_kernels/_C_cuda.so in place"
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None:
+        """No options."""
+
+    def finalize_options(self) -> None:
+        """No options."""
+
+    def run(self) -> None:
+        """Build it."""
+        build_cuda(ROOT / PACKAGE, self.distribution.get_version())
+
+
 class BuildNative(build_ext):
     """Replaces setuptools' compiler by ninja: no file here has the Python ABI in its name."""
 
@@ -264,29 +437,9 @@ class BuildNative(build_ext):
             definitions = "".join(f"m.def({json.dumps(schema)});\n" for schema in table.values())
             write_if_changed(build / f"{header}.inc", definitions)
         write_if_changed(build / "build.ninja", ninja_file(build, cxx, torch, extra))
-        command = [ninja(), "-C", str(build), "-j", str(jobs())]
-        import fcntl  # not on Windows, where this file runs as well but nothing is compiled
-
-        with (build / "lock").open("w") as lock:
-            # Ninja does not expect another ninja in its folder.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            returned = subprocess.run(command, check=False).returncode
-        if returned != 0:
-            fail(
-                f"The compiler's messages stand above ({cxx_version}, torch {torch_version}).",
-                "If it ran out of memory, try MAX_JOBS=1.",
-            )
-
+        run_ninja(build, jobs(), f"{cxx_version}, torch {torch_version}")
         facts = {
-            "project_version": self.distribution.get_version(),
-            "git_commit": git_commit(),
-            "date": datetime.datetime.fromtimestamp(
-                int(os.environ.get("SOURCE_DATE_EPOCH", time.time())), datetime.timezone.utc
-            ).isoformat(),
-            "machine": platform.machine(),
-            "platform": sys.platform,
-            "torch_version": torch_version,
-            "torch_target": ".".join(map(str, TARGET)),
+            **common_facts(self.distribution.get_version(), torch_version),
             "compiler": cxx_version,
             "flags": [*COMPILE, *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))],
             "levels": LEVELS[platform.machine()],
@@ -296,16 +449,18 @@ class BuildNative(build_ext):
             ).hexdigest(),
         }
         target = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / PACKAGE
-        target.mkdir(parents=True, exist_ok=True)
-        # Written under another name and moved: a process that has the old one open keeps it.
-        shutil.copy2(build / LIBRARY, target / f"{LIBRARY}.new")
-        (target / f"{LIBRARY}.new").replace(target / LIBRARY)
-        (target / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        put(build, target, LIBRARY, facts)
+        if cuda_wanted():
+            build_cuda(target, self.distribution.get_version())
+        else:  # one of an earlier build would not belong to this
+            for name in (CUDA_LIBRARY, CUDA_FACTS) if not self.inplace else ():
+                (target / name).unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         """What belongs to the installation beside the Python files."""
         folder = ROOT if self.editable_mode else Path(self.build_lib)
-        return [str(folder / PACKAGE / name) for name in (LIBRARY, FACTS)]
+        names = [LIBRARY, FACTS, *([CUDA_LIBRARY, CUDA_FACTS] if cuda_wanted() else [])]
+        return [str(folder / PACKAGE / name) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:
         """Nothing is copied from build_lib into the source tree: run() writes there itself."""
@@ -314,6 +469,12 @@ class BuildNative(build_ext):
 
 class PlatformWheel(bdist_wheel):
     """Tags the wheel for the platform but for any Python 3: the library has no Python ABI."""
+
+    def finalize_options(self) -> None:
+        """Mark the wheel that has the CUDA library by a build tag, such as 1cu13."""
+        if cuda_wanted():
+            self.build_number = self.build_number or f"1cu{nvcc()[1].partition('.')[0]}"
+        super().finalize_options()
 
     def get_tag(self) -> tuple[str, str, str]:
         """py3-none-<platform>, or py3-none-any without the library."""
@@ -324,5 +485,9 @@ class PlatformWheel(bdist_wheel):
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension(f"{PACKAGE}._C", sources=[])] if native_wanted() else [],
-        cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+        cmdclass={
+            "build_ext": BuildNative,
+            "build_cuda": BuildCuda,
+            "bdist_wheel": PlatformWheel,
+        },
     )

@@ -128,7 +128,7 @@ EAMNET_DEVICE void point_product(
     const T* packed = matrix + static_cast<int64_t>(row_block) * steps * 16 * kStep<T>;
     Accumulator acc;
     acc.clear();
-#pragma unroll 2
+#pragma unroll(kUnroll<T>)
     for (int step = 0; step < steps; ++step) {
       inner_step(
           acc, packed + step * 16 * kStep<T>,
@@ -140,6 +140,7 @@ EAMNET_DEVICE void point_product(
     });
     __syncwarp();  // the outputs are staged
     constexpr int parts = kProductRows / kVec<T>;
+#pragma unroll 1
     for (int i = lane; i < kProductColumns * parts; i += 32) {
       const int pixel = by_rows ? i / parts : i % kProductColumns;
       const int part = (by_rows ? i % parts : i / kProductColumns) * kVec<T>;
@@ -179,6 +180,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) conv_forward(Conv<T> a) {
   __syncthreads();  // the branches are written
   const int vectors = a.branches * padded / kVec<T>;
   const bool by_channels = a.preactivation.vectors;
+#pragma unroll 1
   for (int i = threadIdx.x; i < pixels * vectors; i += blockDim.x) {
     const int pixel = by_channels ? i / vectors : i % pixels;
     const int slot = (by_channels ? i % vectors : i / pixels) * kVec<T>;

@@ -65,6 +65,7 @@ template <class T>
 EAMNET_DEVICE void load_window(
     T* to, const Map<T>& map, const Tile& tile, const Window& window, int c, int end) {
   const int count = window.rows * window.columns;
+#pragma unroll 1  // kVec loads on the way are enough
   for (int i = threadIdx.x; i < 2 * count; i += blockDim.x) {
     // Neighbouring threads read neighbouring addresses: channels of one pixel or pixels of one row.
     const int pixel = map.vectors ? i / 2 : i < count ? i : i - count;
@@ -81,6 +82,7 @@ template <class T>
 EAMNET_DEVICE void load_tile(
     T* to, int stride, const Map<T>& map, const Tile& tile, int c, int end, int vectors) {
   const int pixels = tile.tiling.pixels();
+#pragma unroll 1
   for (int i = threadIdx.x; i < pixels * vectors; i += blockDim.x) {
     const int pixel = map.vectors ? i / vectors : i % pixels;
     const int part = (map.vectors ? i % vectors : i / pixels) * kVec<T>;
@@ -162,6 +164,7 @@ EAMNET_DEVICE void stencil(
         __syncthreads();  // the window is written
         if (product >= products) continue;
         const T* matrix = weights + (static_cast<int64_t>(rows) * steps + step) * 16 * kStep<T>;
+#pragma unroll(kUnroll<T>)
         for (int tap = 0; tap < 9; ++tap) {
           inner_step(
               acc, matrix + tap * tap_size,

@@ -16,6 +16,11 @@ namespace eamnet::cuda {
 
 inline constexpr int kProductRows = 16, kProductColumns = 64, kProductPixels = 16;
 
+// How often loops over inner_step are unrolled, so that weights are on the way early: what 128 registers
+// allow without spilling. A step in float32 has 16 weights per thread in flight by itself.
+template <class T>
+inline constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;
+
 struct Accumulator {
   float value[32];
 
@@ -106,7 +111,7 @@ EAMNET_DEVICE void inner_step(Accumulator& acc, const T* a, B&& b, int stride) {
       multiply<T>(acc.value + eight * 4 + 4, rows, columns[2], columns[3]);
     }
   } else {
-#pragma unroll
+#pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       float4 rows[4];
 #pragma unroll

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ def can_run(arguments: Arguments) -> str | None:
     x: Tensor = arguments["x"]
     reason = refuses(x)
     if reason is None:
-        limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(x.device)
+        limit = properties.shared_memory_per_block_optin
         reason = refuses_shape(x, len(arguments["w_branches"]), limit)
     return reason
 

@@ -1,0 +1,120 @@
+"""Races, missing barriers and accesses out of bounds in the CUDA kernels, found on the CPU.
+
+ThreadSanitizer and AddressSanitizer watch `sanitized.cpp`, where each thread of a block is a real
+thread. To know that they would see a fault, faults are planted in a copy of the kernels: each must
+be reported.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cuda_host.backend import HERE, SOURCES, compile_command
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++"
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In `file`, `text` becomes `replacement`; `report` is what the sanitizer then says."""
+
+    sanitizer: str
+    file: str
+    text: str
+    replacement: str
+    report: str
+
+
+FAULTS = {
+    "race": Fault(
+        "thread",
+        "multi_dilation_conv_kernels.h",
+        "T* stage = stage_memory + warp * kStageSize<T>;",
+        "T* stage = stage_memory;",  # all warps write to one stage
+        "data race",
+    ),
+    "missing-barrier": Fault(
+        "thread",
+        "stencil_tile.h",
+        "__syncthreads();  // the window is written",
+        "",
+        "data race",
+    ),
+    "missing-warp-barrier": Fault(
+        "thread",
+        "multi_dilation_conv_kernels.h",
+        "__syncwarp();  // the outputs are staged",
+        "",
+        "data race",
+    ),
+    "overrun-of-shared-memory": Fault(
+        "address",
+        "multi_dilation_conv_host.h",
+        "int64_t(window.rows) * window.columns",
+        "int64_t(window.rows - 1) * window.columns",  # a block asks for too little
+        "heap-buffer-overflow",
+    ),
+    "overrun-of-global-memory": Fault(
+        "address",
+        "multi_dilation_conv_kernels.h",
+        "if (row >= a.channels || !tile.inside(pixel)) return;",
+        "if (row >= a.channels) return;",  # the part of a tile beyond the picture is written
+        "heap-buffer-overflow",
+    ),
+}
+
+
+def _run(
+    folder: Path, sanitizer: str, csrc: Path, *options: str
+) -> subprocess.CompletedProcess[str]:
+    program = folder / "sanitized"
+    flags = (f"-fsanitize={sanitizer}", "-Wno-maybe-uninitialized", *options)
+    command = compile_command(HERE / "sanitized.cpp", program, *flags, csrc=csrc)
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cannot find" in built.stderr:
+        pytest.skip(f"the compiler has no {sanitizer} sanitizer installed")
+    assert built.returncode == 0, built.stderr
+    # GCC's ThreadSanitizer does not know the addresses that recent kernels give at random.
+    fixed = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
+    return subprocess.run(
+        [*fixed, str(program)],
+        env={
+            "TSAN_OPTIONS": "halt_on_error=1",
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "halt_on_error=1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_clean(sanitizer: str, tmp_path: Path) -> None:
+    done = _run(tmp_path, sanitizer, SOURCES)
+    assert done.returncode == 0, done.stderr[:4000]
+    assert done.stdout == "complete\n"
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_planted_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(SOURCES / "cuda", csrc / "cuda")
+    source = csrc / "cuda" / fault.file
+    text = source.read_text()
+    assert fault.text in text, "the fault has to be planted somewhere else now"
+    source.write_text(text.replace(fault.text, fault.replacement))
+    done = _run(tmp_path, fault.sanitizer, csrc, "-DEAMNET_ONE_CASE")
+    assert done.returncode != 0
+    assert fault.report in done.stderr, done.stderr[:4000]
