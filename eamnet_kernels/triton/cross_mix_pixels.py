@@ -59,8 +59,8 @@ BACKWARD_KV = Table(
     "cross_mix_pixels.backward_kv",
     Rule({"bits": 16, "dims": 64}, _configuration(64, 128, 8, 2)),
     Rule({"bits": 16}, _configuration(64, 64, 8, 2)),
-    Rule({"dims": 64}, _configuration(32, 32, 4, 2)),
-    Rule({}, _configuration(16, 32, 4, 2)),
+    Rule({"dims": 32}, _configuration(32, 32, 4, 2)),
+    Rule({}, _configuration(16, 32, 8, 2)),
 )
 
 
@@ -173,7 +173,6 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     head = (bh // heads) * stride_b + (bh % heads) * stride_h
     factor = scale * _LOG2E
     row = tl.full([QUERIES], 1.0, tl.float32) * factor
-    column = None
     if gate is not None:
         gate += (bh // heads) * N
         row *= tl.load(gate + n, n < N, other=0.0).to(tl.float32)
@@ -201,6 +200,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         if gate is not None:
             column = tl.load(gate + m, m < N, other=0.0).to(tl.float32)
             scores *= column[None, :]
+        else:
+            column = None
         if not EVEN:
             scores = tl.where((m < N)[None, :], scores, -float("inf"))
         top_c, total_c, mixed_c = _attend(scores, column, value, top_c, total_c, mixed_c, PRECISION)
