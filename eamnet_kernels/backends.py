@@ -81,6 +81,12 @@ def _triton_unavailable() -> str | None:
     return triton.unavailable()
 
 
+def _cuda_unavailable() -> str | None:
+    from eamnet_kernels import native
+
+    return native.cuda_error()
+
+
 # In the order of preference of `auto`.
 _REGISTRY: dict[str, Backend] = {}
 
@@ -90,12 +96,6 @@ def register(backend: Backend) -> None:
     if backend.name in _REGISTRY or backend.name == "auto":
         raise ValueError(f"a backend named {backend.name!r} is registered already")
     _REGISTRY[backend.name] = backend
-
-
-def _cuda_unavailable() -> str | None:
-    from eamnet_kernels import native
-
-    return native.cuda_error()
 
 
 register(
