@@ -134,8 +134,7 @@ def maps(module: CMAM, x: Tensor, lesion: Tensor) -> Maps:
 
 def kept(module: EAB, x: Tensor) -> Tensor:
     """The channels that an EAB keeps of each picture: bool ``(B, C)`` for ``x (B, C, H, W)``."""
-    key = module.memory_key @ module.w_in
-    return external_memory(x, key, module.memory_value, module.w_out, module.top_k)[2]
+    return external_memory(x, module.key(), module.memory_value, module.w_out, module.top_k)[2]
 
 
 # --- which pictures ---------------------------------------------------------------------------

@@ -48,8 +48,7 @@ def fold(network: EAMNet, dtype: torch.dtype = torch.float32) -> EAMNet:
             module.w_point, module.bias = _into_product(module.w_point, module.norm)
             module.norm = nn.Identity()
         elif isinstance(module, EAB) and isinstance(module.norm, nn.BatchNorm2d):
-            assert module.w_in is not None
-            module.memory_key = nn.Parameter(module.memory_key @ module.w_in, requires_grad=False)
+            module.memory_key = nn.Parameter(module.key(), requires_grad=False)
             module.w_in = None
             module.w_out, bias = _into_product(module.w_out, module.norm)
             module.norm = _Shift(bias)

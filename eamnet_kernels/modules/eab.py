@@ -54,10 +54,13 @@ class EAB(nn.Module):
         bound = 1 / math.sqrt(self.memory_size)
         nn.init.uniform_(self.memory_value, -bound, bound)
 
+    def key(self) -> Tensor:
+        """The keys (S,C) as pixels meet them: the input projection is part of them."""
+        return self.memory_key if self.w_in is None else self.memory_key @ self.w_in
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B,C,H,W) -> (B,C,H,W)."""
-        key = self.memory_key if self.w_in is None else self.memory_key @ self.w_in
-        attended = external_memory(x, key, self.memory_value, self.w_out, self.top_k)
+        attended = external_memory(x, self.key(), self.memory_value, self.w_out, self.top_k)
         return torch.relu(self.norm(attended) + x)
 
     def extra_repr(self) -> str:
