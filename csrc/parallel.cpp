@@ -24,6 +24,12 @@ struct Arena {
   bool in_use = false;
 };
 thread_local Arena arena;
+thread_local Arena workspace;
+constexpr size_t kKeptBytes = size_t(64) << 20;
+
+Memory allocate(size_t size) {
+  return Memory(static_cast<std::byte*>(::operator new[](size, std::align_val_t(64))));
+}
 
 class Lease {
  public:
@@ -51,14 +57,34 @@ class Lease {
   std::byte* begin() const { return begin_; }
 
  private:
-  static Memory allocate(size_t size) {
-    return Memory(static_cast<std::byte*>(::operator new[](size, std::align_val_t(64))));
-  }
   Memory own_;
   std::byte* begin_ = nullptr;
 };
 
 }  // namespace
+
+Workspace::Workspace(size_t bytes) : own_(workspace.in_use || bytes > kKeptBytes) {
+  if (own_) {
+    begin_ = allocate(bytes).release();
+    return;
+  }
+  if (workspace.size < bytes) {
+    workspace.memory.reset();
+    workspace.size = 0;
+    workspace.memory = allocate(bytes);
+    workspace.size = bytes;
+  }
+  workspace.in_use = true;
+  begin_ = workspace.memory.get();
+}
+
+Workspace::~Workspace() {
+  if (own_) {
+    Free()(begin_);
+  } else {
+    workspace.in_use = false;
+  }
+}
 
 void run_chunks(
     int64_t chunks,

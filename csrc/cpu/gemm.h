@@ -143,12 +143,20 @@ EAMNET_INLINE auto add_to(S* y, int64_t stride) {
 
 namespace detail {
 
-template <class T, int vectors, class Left, class Right, class Sink, class Count>
-EAMNET_INLINE void gemm_block(
-    int64_t M, int64_t i, int64_t j, int64_t K, const Left& left, const Right& right, Sink&& sink,
-    Count last) {
+// With 16 registers all are in use, and GCC 12 keeps two results in memory in some callers, where the
+// loop then waits for its own stores (measured: 25 ms for 19). A function of its own does not change
+// with what surrounds it.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define EAMNET_GEMM_LOOP __attribute__((noinline))
+#else
+#define EAMNET_GEMM_LOOP EAMNET_INLINE
+#endif
+
+// acc[r][v] = Σ_k A[i + r, k] B[k, j + v width ..]
+template <class T, int vectors, class Block, class Right, class Count>
+EAMNET_GEMM_LOOP void gemm_loop(
+    const Block& a, int64_t j, int64_t K, const Right& right, Count last, Vec<T> (&out)[kRowBlock][vectors]) {
   constexpr int width = Vec<T>::width;
-  const auto a = left.block(i, M);
   Vec<T> acc[kRowBlock][vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRowBlock; ++r) {
@@ -168,6 +176,20 @@ EAMNET_INLINE void gemm_block(
       for (int v = 0; v < vectors; ++v) acc[r][v] = fma(x, b[v], acc[r][v]);
     }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowBlock; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) out[r][v] = acc[r][v];
+  }
+}
+
+template <class T, int vectors, class Left, class Right, class Sink, class Count>
+EAMNET_INLINE void gemm_block(
+    int64_t M, int64_t i, int64_t j, int64_t K, const Left& left, const Right& right, Sink&& sink,
+    Count last) {
+  constexpr int width = Vec<T>::width;
+  Vec<T> acc[kRowBlock][vectors];
+  gemm_loop<T, vectors>(left.block(i, M), j, K, right, last, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < kRowBlock; ++r) {
     if (i + r < M) {
@@ -306,6 +328,26 @@ inline void load_panel(
       } else {
         for (int64_t i = 0; i < channels; ++i) block[i].store(panel + (c + i) * stride + n);
       }
+    }
+  }
+}
+
+// to[n*to_stride + i] = panel[i*stride + n] for i < rows and n < columns. `columns` and `to_stride` are
+// multiples of the vector width; what lies between `rows` and the next one becomes zero.
+template <class T>
+inline void transpose_panel(
+    const T* panel, int64_t stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  constexpr int width = Vec<T>::width;
+  for (int64_t i = 0; i < rows; i += width) {
+    for (int64_t n = 0; n < columns; n += width) {
+      Vec<T> block[width];
+#pragma GCC unroll 16
+      for (int r = 0; r < width; ++r) {
+        block[r] = i + r < rows ? Vec<T>::load(panel + (i + r) * stride + n) : Vec<T>(T(0));
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < width; ++r) block[r].store(to + (n + r) * to_stride + i);
     }
   }
 }

@@ -46,6 +46,21 @@ class Scratch {
   std::byte* next_;
 };
 
+// What the passes of one call leave for each other: 64-byte aligned, uninitialised. The calling thread
+// keeps up to 64 MiB of it for its next call, because fresh pages cost more than many a pass.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  std::byte* begin() const { return begin_; }
+
+ private:
+  std::byte* begin_;
+  bool own_;
+};
+
 // Number of pieces of at most `size` that cover `total`.
 constexpr int64_t ceil_div(int64_t total, int64_t size) { return (total + size - 1) / size; }
 constexpr int64_t round_up(int64_t total, int64_t size) { return ceil_div(total, size) * size; }

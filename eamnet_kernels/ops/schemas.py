@@ -102,22 +102,13 @@ NATIVE_SCHEMAS: dict[str, str] = {
         "cross_mix_channels_apply_backward(Tensor grad_out, Tensor x, Tensor spatial_gate,"
         " Tensor matrices, Tensor doubled, bool channels_last) -> (Tensor, Tensor)"
     ),
-    "external_memory_lse": "external_memory_lse(Tensor x, Tensor key) -> (Tensor, Tensor)",
-    "external_memory_scores": (
-        "external_memory_scores(Tensor x, Tensor key, Tensor value, Tensor lse,"
-        " Tensor logits) -> Tensor"
-    ),
-    "external_memory_read": (
-        "external_memory_read(Tensor x, Tensor key, Tensor readout, Tensor lse, Tensor logits,"
-        " bool channels_last) -> Tensor"
-    ),
-    "external_memory_backward_sums": (
-        "external_memory_backward_sums(Tensor grad_out, Tensor x, Tensor key, Tensor readout,"
-        " Tensor lse) -> (Tensor, Tensor)"
+    "external_memory": (
+        "external_memory(Tensor x, Tensor key, Tensor value, Tensor w_out, int top_k,"
+        " bool channels_last) -> (Tensor, Tensor, Tensor)"
     ),
     "external_memory_backward": (
         "external_memory_backward(Tensor grad_out, Tensor x, Tensor key, Tensor readout,"
-        " Tensor lse, Tensor row, bool channels_last) -> (Tensor, Tensor)"
+        " Tensor lse, bool channels_last) -> (Tensor, Tensor, Tensor)"
     ),
     "multi_dilation_conv": (
         "multi_dilation_conv(Tensor x, Tensor[] w_branches, Tensor w_point, Tensor? bias,"

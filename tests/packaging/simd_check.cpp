@@ -175,6 +175,14 @@ void check_exp(double tolerance) {
     const double error = ulps(got, exact);
     if (error > worst) worst = error, where = x;
   }
+  // Weights relative to the largest: the same from the smallest normal number to a rounding above 0.
+  expect(same(exp_weight(Vec<T>(nan))[0], nan), "exp_weight(NaN)");
+  expect(exp_weight(Vec<T>(-inf))[0] == 0 && exp_weight(Vec<T>(T(-1e30)))[0] == 0, "exp_weight of huge");
+  std::uniform_real_distribution<double> below(sizeof(T) == 4 ? -87 : -708, 1e-3);
+  for (int t = 0; t < 100000; ++t) {
+    const Vec<T> x(static_cast<T>(below(generator)));
+    expect(exp_weight(x)[0] == exp(x)[0], "exp_weight", exp_weight(x)[0], exp(x)[0]);
+  }
   std::printf("exp<%d bytes>: at most %.3f ulp, at %.9g\n", int(sizeof(T)), worst, where);
   expect(worst <= tolerance, "exp accuracy", worst, tolerance);
 }
@@ -251,6 +259,23 @@ void check_gemm() {
   }
 }
 
+template <class T>
+void check_transpose_panel() {
+  constexpr int64_t width = Vec<T>::width;
+  for (const int64_t rows : {int64_t(1), width - 1, width, 2 * width + 1}) {
+    const int64_t columns = 3 * width, stride = columns + 5, to_stride = round_up(rows, width);
+    const auto panel = random_values<T>(rows * stride);
+    std::vector<T> to(columns * to_stride, T(-5));
+    transpose_panel(panel.data(), stride, rows, columns, to.data(), to_stride);
+    for (int64_t n = 0; n < columns; ++n) {
+      for (int64_t i = 0; i < to_stride; ++i) {
+        const T wanted = i < rows ? panel[i * stride + n] : T(0);
+        expect(to[n * to_stride + i] == wanted, "transpose_panel", to[n * to_stride + i], wanted, n);
+      }
+    }
+  }
+}
+
 template <class S, class T = Compute<S>>
 void check_panels() {
   const DType dtype = sizeof(S) == 8 ? DType::float64 : sizeof(S) == 4 ? DType::float32 : DType::bfloat16;
@@ -306,6 +331,8 @@ int main() {
   check_gemm<float>();
   check_gemm<double>();
   check_gemm<bfloat16>();
+  check_transpose_panel<float>();
+  check_transpose_panel<double>();
   check_panels<float>();
   check_panels<double>();
   check_panels<bfloat16>();
