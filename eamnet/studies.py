@@ -393,7 +393,7 @@ def _sweep_page(
                 f"Mean {_label(metric)} over pictures and seeds, against {key}",
                 [
                     *(key, "parameters", "seeds", f"{_label(metric)} [95 %]"),
-                    *("minus the best [95 %]", "p (Holm)", "as good as the best"),
+                    *("minus the best [95 %]", "p (Holm)", "not told apart from it"),
                 ],
                 [
                     [
@@ -514,18 +514,18 @@ _PAGES: dict[str, Callable[[list[Result], Any, str, str], Page]] = {
 
 
 def _setting(results: Sequence[Result], part: str) -> str:
-    first = results[0]
-    data, trainer = first.configuration["data"], first.configuration["trainer"]
+    def used(section: str, key: str) -> str:
+        return "/".join(sorted({str(r.configuration[section][key]) for r in results}))
+
     images = {len({row.id for row in result.parts[part]}) for result in results}
     count = f"{min(images)} to {max(images)}" if len(images) > 1 else f"{min(images)}"
     seeds = len({result.seed for result in results})
     splits = ", ".join(sorted({result.split[:12] for result in results}))
     return (
         f"{len(results)} trainings, {seeds} {'seed' if seeds == 1 else 'seeds'}, on "
-        f"{data['dataset']} at {data['size']}×{data['size']}, at most {trainer['max_epochs']} "
-        f"epochs, batch "
-        f"{data['batch_size']}; scored at native resolution on the {count} pictures of the "
-        f"{part} part, which "
+        f"{used('data', 'dataset')} at {used('data', 'size')} pixels squared, at most "
+        f"{used('trainer', 'max_epochs')} epochs, batch {used('data', 'batch_size')}; scored at "
+        f"native resolution on the {count} pictures of the {part} part, which "
         + ("had no say in any training" if part == "test" else "also chose the checkpoints")
         + f". Split hash {splits}. Intervals: {CONFIDENCE * 100:g} % by {RESAMPLES} bootstrap "
         "draws of pictures and of seeds"
@@ -550,11 +550,17 @@ def _trials_table(results: Sequence[Result], part: str) -> Table:
                 f"{result.mean('dice', part):.4f}",
                 str(result.epochs),
                 f"{result.seconds / 60:.1f}",
-                str(result.versions.get("commit") or "")[:10],
+                _commit(result),
             ]
             for result in results
         ],
     )
+
+
+def _commit(result: Result) -> str:
+    """The commit, with a + where files had been changed."""
+    name = str(result.versions.get("commit") or "")
+    return name[:9] + "+" * name.endswith("-dirty")
 
 
 def _footer(folder: Path, kind: str, options: argparse.Namespace) -> str:

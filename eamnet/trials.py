@@ -223,22 +223,26 @@ class Study:
         self.kind = kind
         self.keep = keep
         self.arguments = list(arguments)
+        self._plan: dict[str, Any] = {}
         recorded = folder / "config.yaml"
-        if recorded.is_file():
+        # Until its first trial a study may still be put right.
+        begun = (folder / "trials").is_dir() or (folder / "results").is_dir()
+        if begun:
             self._plan = read_plan(folder, kind)
+        if begun or (recorded.is_file() and not arguments):
             self.arguments = ["--config", str(recorded), *self.arguments]
-        else:
-            self._plan = {}
         self.options = runs.Options(self.arguments)
         self.config = self.options.config
         text = self.options.dump(self.config)
-        if recorded.is_file():
+        if begun:
             _refuse_differences(recorded, text)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(recorded, text.encode())
-            self.record_plan({})
-            self.arguments = ["--config", str(recorded), *self.arguments]
+            return
+        for left_over in folder.glob("split*.json"):
+            left_over.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(recorded, text.encode())
+        self.record_plan({})
+        self.arguments = ["--config", str(recorded), *self.arguments]
 
     @property
     def plan(self) -> dict[str, Any]:

@@ -184,8 +184,11 @@ def test_what_is_kept(
 
 
 def test_what_would_not_compare_is_refused(options: list[str], tmp_path: Path) -> None:
+    # A mistake that shows before the first trial can be put right.
+    Study(tmp_path, "kfold", [*options, "--model.learning_rate", "3"])
     study = Study(tmp_path, "sweep", options)
     study.split()
+    (tmp_path / "trials").mkdir()
     with pytest.raises(ValueError, match=r"model.learning_rate is 0.1, the study has 0.03"):
         Study(tmp_path, "sweep", ["--model.learning_rate", "0.1"])
     with pytest.raises(ValueError, match="of the kind 'sweep'"):
