@@ -307,12 +307,12 @@ def cuda_ninja_file(cxx: list[str], program: Path, torch: Path) -> str:
     libtorch_cuda.so, in which the current stream is asked for, need not be there to build: a stub
     of that name stands in for it. CUDA's run-time library is linked in, so that none has to match.
     """
-    home = program.resolve().parents[1]
     flags = [*NVCC, *cuda_architectures(), f"-ccbin={cxx[0]}", *cxx[1:]]
     flags += [f"-I{ROOT / 'csrc'}", f"-isystem={torch / 'include'}"]
-    link = [a for a in LINK if a not in ("-Wl,--as-needed", "-Wl,--no-undefined")]
-    link += ["-Wl,--exclude-libs,ALL", "-Wl,-s", f"-L{torch / 'lib'}", "-L."]
-    link += [f"-L{home / folder}" for folder in ("lib64", "lib") if (home / folder).is_dir()]
+    # nvcc links, because it knows where its run-time library is.
+    hardening = ["-z", "relro", "-z", "now", "--exclude-libs", "ALL", "-s"]
+    link = [str(program), "-shared", "-cudart=static", *(f"-Xlinker={a}" for a in hardening)]
+    link += [f"-ccbin={cxx[0]}", *cxx[1:], f"-L{torch / 'lib'}", "-L."]
     stub = "void aoti_torch_get_current_cuda_stream() {}"
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     objects = " ".join(f"{source.stem}.o" for source in sources)
@@ -328,8 +328,7 @@ def cuda_ninja_file(cxx: list[str], program: Path, torch: Path) -> str:
             f"  command = echo '{stub}' | {shlex.join(cxx)} -x c -shared -fPIC"
             " -Wl,-soname,libtorch_cuda.so - -o $out",
             "rule link",
-            f"  command = {shlex.join([*cxx, *link])} {objects} -ltorch_cpu -ltorch_cuda"
-            " -lcudart_static -lpthread -ldl -lrt -o $out",
+            f"  command = {shlex.join(link)} {objects} -ltorch_cpu -ltorch_cuda -o $out",
             "build libtorch_cuda.so: stub",
             *(f"build {source.stem}.o: compile {ninja_path(source)}" for source in sources),
             f"build {CUDA_LIBRARY}: link {objects} | libtorch_cuda.so",
