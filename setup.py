@@ -469,6 +469,8 @@ class BuildNative(build_ext):
 class PlatformWheel(bdist_wheel):
     """Tags the wheel for the platform but for any Python 3: the library has no Python ABI."""
 
+    build_number: str | None = None
+
     def finalize_options(self) -> None:
         """Mark the wheel that has the CUDA library by a build tag, such as 1cu13."""
         if cuda_wanted():

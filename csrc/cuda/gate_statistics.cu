@@ -66,8 +66,29 @@ Tensor backward(
   return grad_x;
 }
 
+// What a call of these sizes would launch on a card with these limits. `type` is the number of a Type.
+std::vector<int64_t> launches(
+    std::vector<int64_t> sizes, int64_t type, bool backward, int64_t shared_bytes,
+    int64_t multiprocessors) {
+  GateCall call{};
+  call.type = static_cast<Type>(type);
+  std::copy(sizes.begin(), sizes.end(), call.sizes);
+  std::vector<int64_t> found;
+  run(call, backward, {int(shared_bytes), int(multiprocessors), 256}, Recorder{found});
+  return found;
+}
+
 }  // namespace
 }  // namespace eamnet::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(eamnet_kernels_native, m) {
+  m.def(
+      "gate_statistics_launches(int[] sizes, int type, bool backward, int shared_bytes,"
+      " int multiprocessors) -> int[]");
+}
+STABLE_TORCH_LIBRARY_IMPL(eamnet_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("gate_statistics_launches", TORCH_BOX(&eamnet::cuda::launches));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(eamnet_kernels_native, CUDA, m) {
   m.impl("gate_statistics", TORCH_BOX(&eamnet::cuda::forward));

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "common.h"
 #include "stencil_tile.h"
@@ -85,5 +86,17 @@ Tiling choose_tiling(
 inline int threads_for(const Tiling& tiling, const Limits& limits) {
   return std::min(limits.threads, 2 * tiling.pixels());
 }
+
+// Instead of launching: three numbers for each launch, for the audit (eamnet_kernels/cuda/audit.py).
+struct Recorder {
+  std::vector<int64_t>& launches;  // blocks, threads of each, bytes of shared memory of each
+
+  template <class... Parameters, class... Arguments>
+  void operator()(
+      void (*)(Parameters...), const Grid& grid, int threads, int64_t shared_bytes,
+      const Arguments&...) const {
+    launches.insert(launches.end(), {grid.x * grid.y * grid.z, threads, shared_bytes});
+  }
+};
 
 }  // namespace eamnet::cuda

@@ -104,8 +104,33 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> backward(
   return {grad_x, grad_branches, grad_point, grad_bias};
 }
 
+// What a call of these sizes would launch on a card with these limits. `type` is the number of a Type.
+std::vector<int64_t> launches(
+    std::vector<int64_t> sizes, std::vector<int64_t> dilations, int64_t type, bool depthwise,
+    bool channels_last, bool backward, int64_t shared_bytes, int64_t multiprocessors) {
+  ConvCall call{};
+  call.type = static_cast<Type>(type);
+  call.branches = static_cast<int32_t>(dilations.size());
+  call.depthwise = depthwise;
+  call.channels_last = channels_last;
+  std::copy(sizes.begin(), sizes.end(), call.sizes);
+  std::copy(dilations.begin(), dilations.end(), call.dilations);
+  std::vector<int64_t> found;
+  run(call, backward, {int(shared_bytes), int(multiprocessors), kMaxThreads}, Recorder{found});
+  return found;
+}
+
 }  // namespace
 }  // namespace eamnet::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(eamnet_kernels_native, m) {
+  m.def(
+      "multi_dilation_conv_launches(int[] sizes, int[] dilations, int type, bool depthwise,"
+      " bool channels_last, bool backward, int shared_bytes, int multiprocessors) -> int[]");
+}
+STABLE_TORCH_LIBRARY_IMPL(eamnet_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("multi_dilation_conv_launches", TORCH_BOX(&eamnet::cuda::launches));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(eamnet_kernels_native, CUDA, m) {
   m.impl("multi_dilation_conv", TORCH_BOX(&eamnet::cuda::forward));
