@@ -46,6 +46,7 @@ from eamnet.data import SegmentationData
 from eamnet.distributed import CrossProcessBatchNormSync
 from eamnet.inference import export_weights
 from eamnet.metrics import METRICS, Summary
+from eamnet.model import EAMNet
 from eamnet.report import write_report
 from eamnet.training import SegmentationTask
 from eamnet.versions import versions
@@ -197,6 +198,13 @@ class _RunCLI(LightningCLI):
             "the run's own; default: that of the part, and the data set's name after it where it "
             "is another than the run's.",
         )
+        parser.add_argument(
+            "--init",
+            type=str | None,
+            default=None,
+            help="Weights that fit starts from instead of random ones: a .safetensors file or the "
+            "name of bundled ones. The network's options must be those of the weights.",
+        )
         if self.command != "fit":
             parser.add_argument(
                 "--tta",
@@ -322,6 +330,8 @@ class _RunCLI(LightningCLI):
 
     def fit(self) -> None:
         """Train, export the best weights, evaluate them on the validation part, report."""
+        if self.config.init is not None and self.checkpoint is None:
+            self._start_from(self.config.init)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
         self.checkpoint = self.run_dir / "checkpoints" / "best.ckpt"
         if not self.checkpoint.is_file():
@@ -330,6 +340,19 @@ class _RunCLI(LightningCLI):
         if self.trainer.is_global_zero:
             export_weights(self.checkpoint, self.run_dir / "best.safetensors")
         self.evaluate("validate")
+
+    def _start_from(self, name_or_path: str) -> None:
+        """Give the network the weights of a file, or of the package."""
+        given = EAMNet.from_pretrained(name_or_path)
+        network = self.model.network
+        theirs, ours = given.config.to_dict(), network.config.to_dict()
+        differing = [f"{k}: {v} there, {ours[k]} here" for k, v in theirs.items() if v != ours[k]]
+        if differing:
+            raise ValueError(
+                f"init={name_or_path} is of another network than the options ask for: "
+                + "; ".join(differing)
+            )
+        network.load_state_dict(given.state_dict())
 
     def evaluate(self, command: str) -> None:
         """Evaluate the checkpoint on the part that the command names, and renew the report."""

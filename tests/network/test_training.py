@@ -12,6 +12,7 @@ import torch
 from eamnet.cli import main
 from eamnet.data import SegmentationDataset, SyntheticSource
 from eamnet.metrics import SegmentationMetrics
+from eamnet.model import EAMNet
 from eamnet.training import SegmentationTask
 
 NARROW = {
@@ -149,3 +150,22 @@ def test_weight_decay_and_optimizer_reach_the_optimizer() -> None:
     optimizer = task.configure_optimizers()
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_fit_starts_from_given_weights(
+    tiny: list[str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = trained / "best.safetensors"
+    options = ["fit", *tiny, "--trainer.max_epochs", "1", "--init", str(init)]
+    still = ["--model.learning_rate", "1e-12", "--run_dir", str(tmp_path / "still")]
+    assert main([*options, *still]) == 0
+    given = EAMNet.from_pretrained(init).named_parameters()
+    got = dict(EAMNet.from_pretrained(tmp_path / "still" / "best.safetensors").named_parameters())
+    for name, value in given:
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-8)
+    # The run's configuration, with the weights it started from, serves its evaluation as well.
+    assert main(["validate", "--run_dir", str(tmp_path / "still")]) == 0
+
+    other = ["--model.memory_size", "16", "--run_dir", str(tmp_path / "other")]
+    assert main([*options, *other]) == 2
+    assert "memory_size: 8 there, 16 here" in capsys.readouterr().err
