@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     "external": Command("train on one data set, test on another", "eamnet.external", "external"),
     "attention": Command("heat maps of CMAM, channels of EAB", "eamnet.attention", "attention"),
     "card": Command("export a tested run: float16 weights, model card", "eamnet.card", "card"),
+    "export": Command("write a network as ONNX or .pt2, checked", "eamnet.export", "export"),
     "bench": Command("time the operators beside their rivals", "eamnet.benchmark", "bench"),
     "doctor": Command("show versions, backends and what cannot run", "eamnet.doctor", "doctor"),
     "demo": Command("short training on synthetic pictures, with report", "eamnet.demo", "demo"),
