@@ -569,3 +569,27 @@ def test_overfitting_on_few_batches_still_works(tmp_path):
     seen = fit(tmp_path, num_workers=0, epochs=2, overfit_batches=2)
     assert seen[0][1] == seen[2][1]
     assert len(seen) == 4
+
+
+def test_order_seed_changes_order_and_augmentation_and_nothing_else() -> None:
+    def data(order_seed: int | None) -> SegmentationData:
+        result = SegmentationData(
+            "synthetic",
+            size=32,
+            batch_size=17,
+            protocol="random",
+            synthetic_count=24,
+            order_seed=order_seed,
+        )
+        result.setup("fit")
+        return result
+
+    usual, same, other = data(None), data(0), data(1)
+    assert usual.split_hash == other.split_hash
+    batches = [next(iter(d.train_dataloader())) for d in (usual, same, other)]
+    assert batches[0]["id"] == batches[1]["id"]
+    assert torch.equal(batches[0]["image"], batches[1]["image"])
+    assert batches[0]["id"] != batches[2]["id"]
+    assert sorted(batches[0]["id"]) == sorted(batches[2]["id"])
+    validation = [next(iter(d.val_dataloader())) for d in (usual, other)]
+    assert torch.equal(validation[0]["image"], validation[1]["image"])
