@@ -104,8 +104,9 @@ def _external_memory(case: dict[str, object]) -> Pair:
     b, c, n = _map(case)
     s = case.get("slots", 64)
     product = 2.0 * b * c * s * n  # type: ignore[operator]
-    # Forward: logits (x read twice at least: the softmax over pixels needs all), scores, output.
-    forward = (3.0 * b * c * n, 3 * product)
+    # Forward: logits, features, output (from attention, or from the kept half of the features where
+    # that is less).
+    forward = (2.0 * b * c * n, 2 * product + product * min(1.0, c / (2.0 * s)))  # type: ignore[operator]
     # Backward: logits, dA, its outer product for dW, dK, dX; dX depends on sums over all pixels.
     return forward, (5.0 * b * c * n, 5 * product)
 

@@ -100,6 +100,11 @@ struct Cut {
   }
 };
 
+template <class T, class Left, class Right, class Sink>
+void product(int64_t M, int64_t N, int64_t K, const Left& left, const Right& right, Sink&& sink) {
+  gemm<T, Loop::apart>(M, N, K, left, right, sink);
+}
+
 template <class T>
 PackedLeft<T> packed(int64_t M, int64_t K, const T* a, int64_t row_stride, int64_t depth_stride,
                      std::vector<T>& storage) {
@@ -253,7 +258,7 @@ void forward(const MemoryForward& m) {
       T* x = scratch.take<T>(C * stride);
       T* e = blocks + chunk * rows * stride;
       load_panel<S>(m.x, b0 + b, cut.first(t), cut.count(t), x, stride);
-      gemm<T>(slots, cut.padded(t), C, key, Rows<T>{x, stride}, store_to(e, stride));
+      product<T>(slots, cut.padded(t), C, key, Rows<T>{x, stride}, store_to(e, stride));
       exponentials(e, stride, slots, cut.count(t), cut.padded(t), top.data() + chunk * slots,
                    total.data() + chunk * slots);
     });
@@ -278,12 +283,12 @@ void forward(const MemoryForward& m) {
         };
         const Rows<T> attention{e, stride};
         if (by_features) {
-          gemm<T>(C, padded, slots, features, attention, [&](int64_t c, int64_t j, V feature, auto) {
+          product<T>(C, padded, slots, features, attention, [&](int64_t c, int64_t j, V feature, auto) {
             feature.store(f + c * stride + j);
             score(c, feature);
           });
         } else {
-          gemm<T>(C, padded, slots, features, attention,
+          product<T>(C, padded, slots, features, attention,
                   [&](int64_t c, int64_t, V feature, auto) { score(c, feature); });
         }
         for (int64_t c = 0; c < C; ++c) scores[chunk * C + c] = sum(V::load(sums + c * V::width));
@@ -333,7 +338,7 @@ void forward(const MemoryForward& m) {
         right[k] = e + (by_features ? slots + channels[b * top_k + k] : k) * stride;
       }
       const PackedLeft<T> matrix{left.data() + (select ? b : 0) * left_size, depth};
-      gemm<T>(C, padded, depth, matrix, RowTable<T>{right}, store_to(y, stride));
+      product<T>(C, padded, depth, matrix, RowTable<T>{right}, store_to(y, stride));
       store_panel<S>(m.y, b0 + b, cut.first(t), cut.count(t), y, stride);
     });
   }
@@ -392,7 +397,7 @@ void backward(const MemoryBackward& m) {
       T* turned = scratch.take<T>(cut.tile * turned_stride);
       T* inverse = scratch.take<T>(stride);
       T* dot = scratch.take<T>(stride);
-      T* product = products.data() + chunk * size;
+      T* sums = products.data() + chunk * size;
       T* row_part = row_parts.data() + chunk * slots;
       const T* reference = lse + (b0 + b) * slots;
       const int64_t end = std::min((slab + 1) * cut.slab_tiles, tiles);
@@ -401,7 +406,7 @@ void backward(const MemoryBackward& m) {
         T* e = blocks + (b * tiles + t) * 2 * slots * stride;
         T* ede = e + slots * stride;
         load_panel<S>(m.x, b0 + b, first, count, panel, stride);
-        gemm<T>(slots, padded, C, key, Rows<T>{panel, stride},
+        product<T>(slots, padded, C, key, Rows<T>{panel, stride},
                 [&](int64_t s, int64_t j, V logit, auto) {
                   exp_weight(logit - V(reference[s])).store(e + s * stride + j);
                 });
@@ -414,7 +419,7 @@ void backward(const MemoryBackward& m) {
         // ede = dA, dot = Σ_s dA A
         load_panel<S>(m.grad_y, b0 + b, first, count, panel, stride);
         std::fill(dot, dot + stride, T(0));
-        gemm<T>(slots, padded, C, readout[b], Rows<T>{panel, stride},
+        product<T>(slots, padded, C, readout[b], Rows<T>{panel, stride},
                 [&](int64_t s, int64_t j, V value, auto) {
                   value.store(ede + s * stride + j);
                   fma(value, V::load(e + s * stride + j), V::load(dot + j)).store(dot + j);
@@ -441,8 +446,8 @@ void backward(const MemoryBackward& m) {
           }
         }
         transpose_panel(e, stride, slots, padded, turned, turned_stride);
-        gemm<T>(C, slots, padded, StridedLeft<T>{panel, stride, 1}, Rows<T>{turned, turned_stride},
-                add_to(product, slots));
+        product<T>(C, slots, padded, StridedLeft<T>{panel, stride, 1}, Rows<T>{turned, turned_stride},
+                add_to(sums, slots));
       }
     });
     parallel_for(samples, 0, [&](int64_t b, Scratch&) {
@@ -458,7 +463,7 @@ void backward(const MemoryBackward& m) {
       const int64_t b = chunk / slabs, slab = chunk % slabs;
       T* panel = scratch.take<T>(C * stride);
       T* turned = scratch.take<T>(cut.tile * turned_stride);
-      T* product = products.data() + chunk * size;
+      T* sums = products.data() + chunk * size;
       const int64_t end = std::min((slab + 1) * cut.slab_tiles, tiles);
       for (int64_t t = slab * cut.slab_tiles; t < end; ++t) {
         const int64_t first = cut.first(t), count = cut.count(t), padded = cut.padded(t);
@@ -475,9 +480,9 @@ void backward(const MemoryBackward& m) {
         const Rows<T> grad_logits{ede, stride};
         load_panel<S>(m.x, b0 + b, first, count, panel, stride);
         transpose_panel(ede, stride, slots, padded, turned, turned_stride);
-        gemm<T>(C, slots, padded, StridedLeft<T>{panel, stride, 1},
-                Rows<T>{turned, turned_stride}, add_to(product, slots));
-        gemm<T>(C, padded, slots, key_transposed, grad_logits, store_to(panel, stride));
+        product<T>(C, slots, padded, StridedLeft<T>{panel, stride, 1},
+                Rows<T>{turned, turned_stride}, add_to(sums, slots));
+        product<T>(C, padded, slots, key_transposed, grad_logits, store_to(panel, stride));
         store_panel<S>(m.grad_x, b0 + b, first, count, panel, stride);
       }
     });

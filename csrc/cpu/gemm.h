@@ -141,20 +141,17 @@ EAMNET_INLINE auto add_to(S* y, int64_t stride) {
 
 // ---------------------------------------------------------------------------------------------- gemm
 
+// Where the loop over K stands: within the caller's code, or apart. On AVX2 it uses all 16 registers, and
+// within some callers GCC 12 keeps two results in memory and waits for its own stores (external_memory,
+// forward, C = 128: 24 ms for 20); apart it passes the results through memory once, which costs the
+// convolutions 3 %.
+enum class Loop { within, apart };
+
 namespace detail {
 
-// With 16 registers all are in use, and GCC 12 keeps two results in memory in some callers, where the
-// loop then waits for its own stores (measured: 25 ms for 19). A function of its own does not change
-// with what surrounds it.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-#define EAMNET_GEMM_LOOP __attribute__((noinline))
-#else
-#define EAMNET_GEMM_LOOP EAMNET_INLINE
-#endif
-
-// acc[r][v] = Σ_k A[i + r, k] B[k, j + v width ..]
+// out[r][v] = Σ_k A[i + r, k] B[k, j + v width ..]
 template <class T, int vectors, class Block, class Right, class Count>
-EAMNET_GEMM_LOOP void gemm_loop(
+EAMNET_INLINE void gemm_loop(
     const Block& a, int64_t j, int64_t K, const Right& right, Count last, Vec<T> (&out)[kRowBlock][vectors]) {
   constexpr int width = Vec<T>::width;
   Vec<T> acc[kRowBlock][vectors];
@@ -183,13 +180,29 @@ EAMNET_GEMM_LOOP void gemm_loop(
   }
 }
 
-template <class T, int vectors, class Left, class Right, class Sink, class Count>
+// On AVX2 a function of its own, which does not change with what surrounds it.
+template <class T, int vectors, class Block, class Right, class Count>
+#if defined(__AVX2__) && !defined(__AVX512F__)
+__attribute__((noinline))
+#else
+EAMNET_INLINE
+#endif
+void gemm_loop_apart(
+    const Block& a, int64_t j, int64_t K, const Right& right, Count last, Vec<T> (&out)[kRowBlock][vectors]) {
+  gemm_loop<T, vectors>(a, j, K, right, last, out);
+}
+
+template <class T, int vectors, Loop loop, class Left, class Right, class Sink, class Count>
 EAMNET_INLINE void gemm_block(
     int64_t M, int64_t i, int64_t j, int64_t K, const Left& left, const Right& right, Sink&& sink,
     Count last) {
   constexpr int width = Vec<T>::width;
   Vec<T> acc[kRowBlock][vectors];
-  gemm_loop<T, vectors>(left.block(i, M), j, K, right, last, acc);
+  if constexpr (loop == Loop::apart) {
+    gemm_loop_apart<T, vectors>(left.block(i, M), j, K, right, last, acc);
+  } else {
+    gemm_loop<T, vectors>(left.block(i, M), j, K, right, last, acc);
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < kRowBlock; ++r) {
     if (i + r < M) {
@@ -200,11 +213,11 @@ EAMNET_INLINE void gemm_block(
   }
 }
 
-template <class T, int vectors, class Left, class Right, class Sink, class Count>
+template <class T, int vectors, Loop loop, class Left, class Right, class Sink, class Count>
 inline void gemm_columns(
     int64_t M, int64_t j, int64_t K, const Left& left, const Right& right, Sink&& sink, Count last) {
   for (int64_t i = 0; i < M; i += kRowBlock) {
-    gemm_block<T, vectors>(M, i, j, K, left, right, sink, last);
+    gemm_block<T, vectors, loop>(M, i, j, K, left, right, sink, last);
   }
 }
 
@@ -212,23 +225,23 @@ inline void gemm_columns(
 
 // sink(i, j, Y[i, j..]) for Y = A·B, A (M×K) on the left, B (K×N) on the right. Reads only the N
 // columns of B. K may be 0.
-template <class T, class Left, class Right, class Sink>
+template <class T, Loop loop = Loop::within, class Left, class Right, class Sink>
 inline void gemm(int64_t M, int64_t N, int64_t K, const Left& left, const Right& right, Sink&& sink) {
   constexpr int width = Vec<T>::width;
   int64_t j = 0, vectors = N / width;
   if constexpr (kColumnVectors == 3) {
     // Four vectors are better taken as two pairs than as three and one.
     for (; vectors >= 3 && vectors != 4; vectors -= 3, j += 3 * width) {
-      detail::gemm_columns<T, 3>(M, j, K, left, right, sink, AllLanes{});
+      detail::gemm_columns<T, 3, loop>(M, j, K, left, right, sink, AllLanes{});
     }
   }
   for (; vectors >= 2; vectors -= 2, j += 2 * width) {
-    detail::gemm_columns<T, 2>(M, j, K, left, right, sink, AllLanes{});
+    detail::gemm_columns<T, 2, loop>(M, j, K, left, right, sink, AllLanes{});
   }
   for (; vectors > 0; --vectors, j += width) {
-    detail::gemm_columns<T, 1>(M, j, K, left, right, sink, AllLanes{});
+    detail::gemm_columns<T, 1, loop>(M, j, K, left, right, sink, AllLanes{});
   }
-  if (j < N) detail::gemm_columns<T, 1>(M, j, K, left, right, sink, N - j);
+  if (j < N) detail::gemm_columns<T, 1, loop>(M, j, K, left, right, sink, N - j);
 }
 
 // ------------------------------------------------------------------------------------ sums over pixels

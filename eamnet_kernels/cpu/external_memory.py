@@ -1,4 +1,4 @@
-"""`external_memory` in C++ (`csrc/cpu/external_memory.cpp`); the C x S algebra of its backward in torch."""
+"""`external_memory` in C++, `csrc/cpu/external_memory.cpp`; the C x S algebra backward in torch."""
 
 from __future__ import annotations
 
