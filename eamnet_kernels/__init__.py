@@ -3,13 +3,14 @@
 - `functional`: the five operators.
 - `CMAM`, `EAB`, `MRCF`: the modules built from them.
 - `use_backend`, `backends.explain`: which implementation runs, and why.
+- `tune`: search for better block sizes of the Triton kernels on the card at hand.
 - `patch`: put the operators into somebody else's network, and take them out again.
 """
 
-from eamnet_kernels import backends, functional
+from eamnet_kernels import backends, functional, tune
 from eamnet_kernels.backends import explain, use_backend
 from eamnet_kernels.modules import CMAM, EAB, MRCF
 
 __version__ = "0.1.0"
 
-__all__ = ["CMAM", "EAB", "MRCF", "backends", "explain", "functional", "use_backend"]
+__all__ = ["CMAM", "EAB", "MRCF", "backends", "explain", "functional", "tune", "use_backend"]
