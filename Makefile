@@ -16,6 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -type f) eamnet_kernels/ops/schemas.py
 
 .PHONY: venv build demo test lint sanitize tables wheel clean
+.PHONY: venv build demo test lint sanitize wheel wheels clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -61,7 +62,11 @@ tables: build
 wheel: build
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
+# The CPU wheel and the CUDA wheel, each tried in a fresh environment; needs nvcc, but no GPU.
+wheels: build
+	$(BIN)/python tests/packaging/wheels.py
+
 clean:
-	rm -rf build dist *.egg-info eamnet_kernels/_C.so eamnet_kernels/_C.json
+	rm -rf build dist *.egg-info eamnet_kernels/_C*.so eamnet_kernels/_C*.json
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

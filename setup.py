@@ -309,6 +309,9 @@ def cuda_ninja_file(cxx: list[str], program: Path, torch: Path) -> str:
     """
     flags = [*NVCC, *cuda_architectures(), f"-ccbin={cxx[0]}", *cxx[1:]]
     flags += [f"-I{ROOT / 'csrc'}", f"-isystem={torch / 'include'}"]
+    # No path of the building machine in messages.
+    maps = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch}/=torch/"]
+    flags += [f"-Xcompiler={option}" for option in maps]
     # nvcc links, because it knows where its run-time library is.
     hardening = ["-z", "relro", "-z", "now", "--exclude-libs", "ALL", "-s"]
     link = [str(program), "-shared", "-cudart=static", *(f"-Xlinker={a}" for a in hardening)]

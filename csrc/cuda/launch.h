@@ -95,7 +95,9 @@ struct Recorder {
   void operator()(
       void (*)(Parameters...), const Grid& grid, int threads, int64_t shared_bytes,
       const Arguments&...) const {
-    launches.insert(launches.end(), {grid.x * grid.y * grid.z, threads, shared_bytes});
+    launches.push_back(grid.x * grid.y * grid.z);
+    launches.push_back(threads);
+    launches.push_back(shared_bytes);
   }
 };
 

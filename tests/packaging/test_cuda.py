@@ -56,7 +56,7 @@ def test_architectures(build: SimpleNamespace, clean: pytest.MonkeyPatch) -> Non
         "-gencode=arch=compute_100a,code=compute_100a",
     ]
     clean.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
-    with pytest.raises(SystemExit, match="7.5"):
+    with pytest.raises(SystemExit, match=r"7\.5"):
         build.cuda_architectures()
 
 
@@ -88,7 +88,7 @@ def test_explain_says_why_not() -> None:
 def test_build_and_audit(
     root: Path, build: SimpleNamespace, clean: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With nvcc and without a GPU: it builds for every card, and the machine code is as committed."""
+    """With nvcc and without a GPU: it builds for every card; the machine code is as committed."""
     try:
         _, version = build.nvcc()
     except SystemExit as reason:
@@ -108,9 +108,9 @@ def test_build_and_audit(
     if (torch.version.cuda or "").partition(".")[0] != version.partition(".")[0]:
         pytest.skip(f"built; torch has CUDA {torch.version.cuda}, so it cannot be loaded")
     pytest.importorskip("triton", reason="the audit uses the tools in the Triton wheel")
+    options = ("--library", str(library), "--write", str(tmp_path))
     done = subprocess.run(
-        [sys.executable, "-m", "eamnet_kernels.cuda.audit", "--library", str(library)]
-        + ["--write", str(tmp_path)],
+        [sys.executable, "-m", "eamnet_kernels.cuda.audit", *options],
         capture_output=True,
         text=True,
         check=False,
