@@ -305,10 +305,19 @@ def markdown(rows: list[Row]) -> str:
     return head + "".join(f"| {' | '.join(map(str, row))} |\n" for row in cells)
 
 
+def _others(file: Path, operators: list[str]) -> list[Row]:
+    """The rows of a table for all but `operators`, which are written anew."""
+    table = json.loads(file.read_text())
+    if table["versions"] != versions():
+        raise ValueError(f"{file} is of {table['versions']}: audit all operators")
+    rows = (Row(**row) for row in table["rows"])
+    return [row for row in rows if row.kernel.split(".")[0] not in operators]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns 1 where there are faults."""
     parser = argparse.ArgumentParser(prog="python -m eamnet_kernels.triton.audit")
-    parser.add_argument("--write", type=Path, help="folder for triton-audit.md and .json")
+    parser.add_argument("--write", type=Path, help="folder of triton-audit.md and .json")
     parser.add_argument("--op", action="append", choices=backends.get("triton").operators)
     parser.add_argument("--architecture", type=int, action="append", choices=tuple(CARDS))
     options = parser.parse_args(arguments)
@@ -327,6 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
                 flush=True,
             )
     if options.write:
+        if options.op:
+            rows = _others(options.write / "triton-audit.json", options.op) + rows
         (options.write / "triton-audit.md").write_text(markdown(rows))
         # A row in a line, so that a change shows as one.
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
