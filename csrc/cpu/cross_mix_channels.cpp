@@ -12,7 +12,7 @@
 //   Y   2 C²                                C r + C w        forward   3.5 C², 3 C
 //   E   2 C²                                2 C r
 //   dX  5 C²                                2 C r + C w      backward  7 C², 5 C
-// and between the passes, per sample, 8 C³ forward and 20 C³ backward (eamnet_kernels/cpu/mixing.py).
+// and between the passes, per sample, 8 C³ forward and 20 C³ backward (eamnet_kernels/mixing.py).
 // The direct form takes 7 C² + 4 C d forward and twice that backward.
 //
 // Stored: the Gram matrices (3 C/N of X), which save the backward one pass over X. Recomputed: A_1 and

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from eamnet_kernels.backends import Arguments
 from eamnet_kernels.cpu import pixels_in_sequence, refuses
-from eamnet_kernels.cpu.mixing import mix, mix_backward
+from eamnet_kernels.mixing import mix, mix_backward
 from eamnet_kernels.ops.layout import accumulation_dtype, is_channels_last
 from eamnet_kernels.reference.cross_mix_channels import working_dtype
 

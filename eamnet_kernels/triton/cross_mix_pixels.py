@@ -28,7 +28,7 @@ from eamnet_kernels.triton import declines as declines
 from eamnet_kernels.triton import refuses
 from eamnet_kernels.triton.configurations import Configuration, Rule, Table
 from eamnet_kernels.triton.launch import blocks, launch, power_of_two, wide
-from eamnet_kernels.triton.products import bits, precision
+from eamnet_kernels.triton.products import configured, precision
 
 _LN2 = tl.constexpr(math.log(2))
 _LOG2E = tl.constexpr(1 / math.log(2))
@@ -449,7 +449,7 @@ def forward(
     out = q_s.new_empty(q_s.shape)
     branches = q_s.new_empty((2, *q_s.shape) if save_for_backward else 0)
     lse = q_s.new_empty((2, *q_s.shape[:3]) if save_for_backward else 0, dtype=torch.float32)
-    configuration = FORWARD.configuration(q_s.device, bits=bits(q_s.dtype), dims=dims)
+    configuration = configured(FORWARD, q_s, dims=dims)
     launch(
         _forward_kernel,
         (count * blocks(tokens, configuration.blocks["QUERIES"]),),
@@ -491,14 +491,13 @@ def backward(
     delta = torch.empty_like(lse)
     gate_parts = None if gate is None else torch.empty_like(lse)
     shape = (scale, heads, tokens, count, *tensors[0].stride(), *grad_out.stride())
-    key = {"bits": bits(q_s.dtype), "dims": dims}
     constants = {
         "D": q_s.shape[3],
         "DIMS": dims,
         "WIDE": wide(*tensors, grad_out, grad_q_s),
         "PRECISION": precision(q_s.dtype),
     }
-    configuration = BACKWARD_Q.configuration(q_s.device, **key)
+    configuration = configured(BACKWARD_Q, q_s, dims=dims)
     launch(
         _backward_q_kernel,
         (2 * count * blocks(tokens, configuration.blocks["QUERIES"]),),
@@ -507,7 +506,7 @@ def backward(
         EVEN=_even(tokens, configuration),
         **constants,
     )  # fmt: skip
-    configuration = BACKWARD_KV.configuration(q_s.device, **key)
+    configuration = configured(BACKWARD_KV, q_s, dims=dims)
     launch(
         _backward_kv_kernel,
         (2 * count * blocks(tokens, configuration.blocks["KEYS"]),),
@@ -534,7 +533,7 @@ def exercise(empty: Callable[..., Tensor]) -> None:
     ):
         packed = empty(1, heads, tokens, dims)  # the layout of a map is not that of tokens
         tensors = [packed.new_empty(8, tokens, 6, heads, dims)[:, :, i] for i in range(6)]
-        tokens_first = [t.transpose(1, 2) for t in tensors]
+        q_s, k_s, v_s, q_c, k_c, v_c = (t.transpose(1, 2) for t in tensors)
         gate = packed.new_empty(8, tokens) if gated else None
-        out, branches, lse = forward(*tokens_first, gate, dims**-0.5, True)
-        backward(out, *tokens_first, gate, branches, lse, dims**-0.5)
+        out, branches, lse = forward(q_s, k_s, v_s, q_c, k_c, v_c, gate, dims**-0.5, True)
+        backward(out, q_s, k_s, v_s, q_c, k_c, v_c, gate, branches, lse, dims**-0.5)

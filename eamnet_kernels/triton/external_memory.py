@@ -1,7 +1,7 @@
 """`external_memory` in Triton: three passes over x forward, two backward, nothing kept between.
 
-Definition: `reference/external_memory.py`. With S slots and C channels, per pixel, multiply-adds and
-numbers read (r) or written (w):
+Definition: `reference/external_memory.py`. With S slots and C channels, multiply-adds and numbers
+read (r) or written (w) per pixel:
 
     lse      softmax over pixels, per slot         S C       C r
     scores   sum of |M_v^T A| per channel        2 S C       C r        not where all are kept
@@ -36,7 +36,14 @@ from eamnet_kernels.triton import declines as declines
 from eamnet_kernels.triton import refuses
 from eamnet_kernels.triton.configurations import Configuration, Rule, Table
 from eamnet_kernels.triton.launch import blocks, launch, power_of_two, wide
-from eamnet_kernels.triton.products import bits, pixel_stride, precision, run_length
+from eamnet_kernels.triton.products import (
+    configured,
+    pixel_stride,
+    precision,
+    run_length,
+    tile,
+    within,
+)
 
 _EPSILON = tl.constexpr(1e-9)  # EANet's, added to the sum over slots
 _LN2 = tl.constexpr(math.log(2))
@@ -53,7 +60,7 @@ def _configuration(warps: int, stages: int, **sizes: int) -> Configuration:
 NORMALIZE = Table(
     "external_memory.normalize",
     Rule({"bits": 16}, _configuration(4, 3, PIXELS=64, CHANNELS=64)),
-    Rule({}, _configuration(4, 2, PIXELS=32, CHANNELS=16)),
+    Rule({}, _configuration(8, 2, PIXELS=32, CHANNELS=16)),
 )
 JOIN = Table("external_memory.join", Rule({}, _configuration(4, 2, TILES=16)))
 READ = Table(
@@ -63,13 +70,16 @@ READ = Table(
 )
 SUMS = Table(
     "external_memory.sums",
+    Rule({"bits": 16, "slots": 64}, _configuration(8, 2, PIXELS=64, CHANNELS=64, GROUP=256)),
     Rule({"bits": 16}, _configuration(8, 2, PIXELS=64, CHANNELS=64, GROUP=128)),
     Rule({}, _configuration(8, 2, PIXELS=32, CHANNELS=16, GROUP=32)),
 )
 GRADIENT = Table(
     "external_memory.gradient",
+    Rule({"bits": 16, "slots": 64}, _configuration(8, 2, PIXELS=64, CHANNELS=64, GROUP=256)),
     Rule({"bits": 16}, _configuration(8, 2, PIXELS=64, CHANNELS=64, GROUP=128)),
-    Rule({}, _configuration(8, 2, PIXELS=32, CHANNELS=16, GROUP=32)),
+    Rule({"slots": 64}, _configuration(8, 2, PIXELS=32, CHANNELS=16, GROUP=32)),
+    Rule({}, _configuration(8, 2, PIXELS=16, CHANNELS=16, GROUP=32)),
 )
 
 
@@ -78,23 +88,6 @@ def can_run(arguments: Arguments) -> str | None:
     if slots > _MOST_SLOTS:
         return f"there are {slots} slots; it takes up to {_MOST_SLOTS}"
     return refuses(arguments)
-
-
-@triton.jit
-def _tile(  # type: ignore[no-untyped-def]
-    x,  # (C,N) of one sample
-    c,
-    n,
-    C,
-    N,
-    stride_c,
-    stride_n,
-    WIDE: tl.constexpr,
-):
-    """Channels `c` of pixels `n`, zero beyond C and N."""
-    index = tl.int64 if WIDE else tl.int32
-    at = x + (c.to(index) * stride_c)[:, None] + (n.to(index) * stride_n)[None, :]
-    return tl.load(at, (c < C)[:, None] & (n < N)[None, :], other=0.0)
 
 
 @triton.jit
@@ -122,7 +115,7 @@ def _product(  # type: ignore[no-untyped-def]
         c = start + tl.arange(0, CHANNELS)
         inside = (s < S)[:, None] & (c < C)[None, :]
         left = tl.load(matrix + s[:, None] * stride_s + c[None, :] * stride_m, inside, other=0.0)
-        right = _tile(x, c, n, C, N, stride_c, stride_n, WIDE)
+        right = tile(x, c, n, C, N, stride_c, stride_n, WIDE)
         product = tl.dot(left, right, product, input_precision=PRECISION)
     return product
 
@@ -342,7 +335,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             along = tl.sum(grad_attention * attention, 0)
             row += tl.sum(attention * (grad_attention - along[None, :]), 1)
-        outer = _tile(grad, of_group, n, C, N, grad_stride_c, grad_stride_n, WIDE)
+        outer = tile(grad, of_group, n, C, N, grad_stride_c, grad_stride_n, WIDE)
         result = tl.dot(
             outer, tl.trans(attention.to(outer.dtype)), result, input_precision=PRECISION
         )
@@ -410,7 +403,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         along = tl.sum(grad_attention * attention, 0)
         grad_logits = attention * (grad_attention - along[None, :]) - weights * row_sum[:, None]
-        of_group = _tile(x, c, n, C, N, stride_c, stride_n, WIDE)
+        of_group = tile(x, c, n, C, N, stride_c, stride_n, WIDE)
         grad_logits = grad_logits.to(of_group.dtype)
         result = tl.dot(grad_logits, tl.trans(of_group), result, input_precision=PRECISION)
         value = tl.dot(key_of_group, grad_logits, input_precision=PRECISION)
@@ -421,12 +414,6 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(partial_key + to, result, (s < S)[:, None] & (c < C)[None, :])
 
 
-def _within(configuration: Configuration, channels: int, *names: str) -> dict[str, int]:
-    """Blocks of channels that are no larger than the channels."""
-    padded = power_of_two(max(16, channels))
-    return {name: min(configuration.blocks[name], padded) for name in names}
-
-
 def forward(
     x: Tensor, memory_key: Tensor, memory_value: Tensor, w_out: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -434,15 +421,15 @@ def forward(
     out = empty_like(x)
     x, key = pixels_in_sequence(x), memory_key.contiguous()
     (batch, channels), pixels, slots = x.shape[:2], x.shape[2] * x.shape[3], key.shape[0]
-    table_key = {"bits": bits(x.dtype), "slots": power_of_two(max(16, slots))}
+    padded = power_of_two(max(16, slots))
     strides = (x.stride(0), x.stride(1), pixel_stride(x))
     constants = {
-        "SLOTS": table_key["slots"],
+        "SLOTS": padded,
         "WIDE": wide(x, out),
         "PRECISION": precision(x.dtype),
     }
 
-    configuration = NORMALIZE.configuration(x.device, **table_key)
+    configuration = configured(NORMALIZE, x, slots=padded)
     run, runs = run_length(batch, pixels, configuration.blocks["PIXELS"])
     partials = [x.new_empty((batch, runs, slots), dtype=torch.float32) for _ in range(2)]
     launch(
@@ -451,7 +438,7 @@ def forward(
         x, key, *partials, channels, pixels, slots, runs, run, *strides,
         configuration=configuration,
         **constants,
-        **_within(configuration, channels, "CHANNELS"),
+        **within(configuration, channels, "CHANNELS"),
     )  # fmt: skip
     top, inverse, lse = (x.new_empty((batch, slots), dtype=torch.float32) for _ in range(3))
     launch(
@@ -459,10 +446,10 @@ def forward(
         (batch,),
         *partials, top, inverse, lse, slots, runs,
         configuration=JOIN.configuration(x.device),
-        SLOTS=table_key["slots"],
+        SLOTS=padded,
     )  # fmt: skip
 
-    configuration = READ.configuration(x.device, **table_key)
+    configuration = configured(READ, x, slots=padded)
     tiles = blocks(pixels, configuration.blocks["PIXELS"])
 
     def read(matrix: Tensor, of_samples: bool, to: Tensor, *to_strides: int) -> None:
@@ -474,7 +461,7 @@ def forward(
             configuration=configuration,
             SUMS=not of_samples,
             **constants,
-            **_within(configuration, channels, "CHANNELS"),
+            **within(configuration, channels, "CHANNELS"),
         )  # fmt: skip
 
     if top_k == channels:
@@ -505,17 +492,19 @@ def backward(
     w_kept = w_out.float() * kept.unsqueeze(1)
     readout = (w_kept @ value.t()).to(x.dtype)
     top = lse * _LOG2E.value
-    table_key = {"bits": bits(x.dtype), "slots": power_of_two(max(16, slots))}
-    strides = (grad.stride(0), grad.stride(1), pixel_stride(grad))
-    strides = (*strides, x.stride(0), x.stride(1), pixel_stride(x))
+    padded = power_of_two(max(16, slots))
+    strides = (
+        *(grad.stride(0), grad.stride(1), pixel_stride(grad)),
+        *(x.stride(0), x.stride(1), pixel_stride(x)),
+    )
     constants = {
-        "SLOTS": table_key["slots"],
+        "SLOTS": padded,
         "WIDE": wide(grad, x, grad_x),
         "PRECISION": precision(x.dtype),
     }
 
-    configuration = SUMS.configuration(x.device, **table_key)
-    cut = _within(configuration, channels, "CHANNELS", "GROUP")
+    configuration = configured(SUMS, x, slots=padded)
+    cut = within(configuration, channels, "CHANNELS", "GROUP")
     groups = blocks(channels, cut["GROUP"])
     run, runs = run_length(batch * groups, pixels, configuration.blocks["PIXELS"])
     partial_readout = x.new_empty((batch, runs, channels, slots), dtype=torch.float32)
@@ -531,8 +520,8 @@ def backward(
     )  # fmt: skip
     grad_readout, row = partial_readout.sum(1), partial_row.sum(1)
 
-    configuration = GRADIENT.configuration(x.device, **table_key)
-    cut = _within(configuration, channels, "CHANNELS", "GROUP")
+    configuration = configured(GRADIENT, x, slots=padded)
+    cut = within(configuration, channels, "CHANNELS", "GROUP")
     groups = blocks(channels, cut["GROUP"])
     run, runs = run_length(batch * groups, pixels, configuration.blocks["PIXELS"])
     partial_key = x.new_empty((batch, runs, slots, channels), dtype=torch.float32)

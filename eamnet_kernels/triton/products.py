@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from eamnet_kernels.triton.launch import blocks
+from eamnet_kernels.triton import interpreted
+from eamnet_kernels.triton.configurations import Configuration, Table
+from eamnet_kernels.triton.launch import blocks, power_of_two
 
 _PROGRAMS = 1024
+
+# The interpreter's time is that of statements, whatever the sizes: large blocks, but none that the
+# conformance suite's cases do not go beyond.
+_INTERPRETED = {
+    "PIXELS": 256,
+    "DEPTH": 64,
+    "CHANNELS": 32,
+    "ROWS": 32,
+    "GROUP": 32,
+    "QUERIES": 64,
+    "KEYS": 64,
+}
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -16,9 +34,15 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if asked else "ieee"
 
 
-def bits(dtype: torch.dtype) -> int:
-    """The width of an element, by which tables tell matrix instructions from exact float32."""
-    return dtype.itemsize * 8
+def configured(table: Table, x: Tensor, **key: int) -> Configuration:
+    """A table's configuration for the width of the elements of `x`, by which tables tell matrix
+    instructions from exact float32, and `key`.
+    """
+    found = table.configuration(x.device, bits=x.dtype.itemsize * 8, **key)
+    if interpreted():
+        sizes = {name: _INTERPRETED.get(name, size) for name, size in found.blocks.items()}
+        found = replace(found, blocks=sizes)
+    return found
 
 
 def pixel_stride(x: Tensor) -> int:
@@ -35,3 +59,26 @@ def run_length(samples: int, pixels: int, block: int) -> tuple[int, int]:
     tiles = blocks(pixels, block)
     run = max(1, samples * tiles // _PROGRAMS)
     return run, blocks(tiles, run)
+
+
+def within(configuration: Configuration, channels: int, *names: str) -> dict[str, int]:
+    """Blocks of channels that are no larger than the channels."""
+    padded = power_of_two(max(16, channels))
+    return {name: min(configuration.blocks[name], padded) for name in names}
+
+
+@triton.jit
+def tile(  # type: ignore[no-untyped-def]
+    x,  # (C,N) of one sample
+    c,
+    n,
+    C,
+    N,
+    stride_c,
+    stride_n,
+    WIDE: tl.constexpr,
+):
+    """Channels `c` of pixels `n`, zero beyond C and N."""
+    index = tl.int64 if WIDE else tl.int32
+    at = x + (c.to(index) * stride_c)[:, None] + (n.to(index) * stride_n)[None, :]
+    return tl.load(at, (c < C)[:, None] & (n < N)[None, :], other=0.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eamnet_kernels import native
-from eamnet_kernels.cpu.mixing import mix, mix_backward
+from eamnet_kernels.mixing import mix, mix_backward
 from eamnet_kernels.reference.cross_mix_channels import (
     mixing_matrices,
     mixing_matrices_backward,
