@@ -60,7 +60,8 @@ BACKWARD_KV = Table(
     Rule({"bits": 16, "dims": 64}, _configuration(64, 128, 8, 2)),
     Rule({"bits": 16}, _configuration(64, 64, 8, 2)),
     Rule({"dims": 32}, _configuration(32, 32, 4, 2)),
-    Rule({}, _configuration(16, 32, 8, 2)),
+    Rule({"dims": 64}, _configuration(16, 32, 8, 2)),
+    Rule({}, _configuration(16, 16, 4, 2)),
 )
 
 
