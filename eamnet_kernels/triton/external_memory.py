@@ -76,8 +76,8 @@ SUMS = Table(
 )
 GRADIENT = Table(
     "external_memory.gradient",
-    Rule({"bits": 16, "slots": 64}, _configuration(8, 2, PIXELS=64, CHANNELS=64, GROUP=256)),
-    Rule({"bits": 16}, _configuration(8, 2, PIXELS=64, CHANNELS=64, GROUP=128)),
+    Rule({"bits": 16, "slots": 64}, _configuration(8, 2, PIXELS=64, CHANNELS=64, GROUP=128)),
+    Rule({"bits": 16}, _configuration(8, 2, PIXELS=32, CHANNELS=32, GROUP=64)),
     Rule({"slots": 64}, _configuration(8, 2, PIXELS=32, CHANNELS=16, GROUP=32)),
     Rule({}, _configuration(4, 2, PIXELS=16, CHANNELS=16, GROUP=32)),
 )
