@@ -268,7 +268,7 @@ def _command(config: dict[str, Any]) -> str:
     for name, value in _flat(config).items():
         if name in ("run_dir", "ckpt_path"):
             continue
-        if name in ("data.root", "data.cache_dir", "data.split") and value is not None:
+        if name in ("init", "data.root", "data.cache_dir", "data.split") and value is not None:
             value = Path(value).name
         if name in ("data.dataset", "seed_everything") or value != defaults.get(name):
             text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
