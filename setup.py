@@ -315,7 +315,8 @@ def cuda_ninja_file(cxx: list[str], program: Path, torch: Path) -> str:
     # nvcc links, because it knows where its run-time library is.
     hardening = ["-z", "relro", "-z", "now", "--exclude-libs", "ALL", "-s"]
     link = [str(program), "-shared", "-cudart=static", *(f"-Xlinker={a}" for a in hardening)]
-    link += [f"-ccbin={cxx[0]}", *cxx[1:], f"-L{torch / 'lib'}", "-L."]
+    # To the linker alone: what nvcc is told of folders it writes into the library.
+    link += [f"-ccbin={cxx[0]}", *cxx[1:], f"-Xlinker=-L{torch / 'lib'}", "-Xlinker=-L."]
     stub = "void aoti_torch_get_current_cuda_stream() {}"
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     objects = " ".join(f"{source.stem}.o" for source in sources)

@@ -116,6 +116,9 @@ class _Row(NamedTuple):
     fn: int
     tn: int
     hd95: float
+    assd: float
+    nsd: float
+    ece: float
 
     def metrics(self) -> ImageMetrics:
         counts = np.array([self.tp, self.fp, self.fn, self.tn])

@@ -233,6 +233,16 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if few else accumulation_dtype(x.dtype)
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """`working_dtype`, and float64 with few channels, where it costs next to nothing.
+
+    A library's product of few rows adds all pixels in one chain for each entry. With 8 channels in
+    channels-last and 3333 pixels, on a processor with AVX2, that made up to 1.6 times the error
+    allowed.
+    """
+    return torch.float64 if x.shape[1] < 16 else working_dtype(x)
+
+
 def gated_grams(pixels: Tensor, gate: Tensor) -> Tensor:
     """pixels (B,C,N), gate (B,1,N) -> the three Gram matrices (3,B,C,C)."""
     gated = pixels * gate
@@ -249,7 +259,7 @@ def forward(
     w_out: Tensor,
     temperature: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    dtype = working_dtype(x)
+    dtype = _product_dtype(x)
     pixels, gate = x.flatten(2).to(dtype), spatial_gate.flatten(2).to(dtype)
     grams = gated_grams(pixels, gate)
     a_1, a_2 = mixing_matrices(grams, channel_gate, w_spatial, w_channel, w_out, temperature)
@@ -268,7 +278,7 @@ def backward(
     temperature: Tensor,
     grams: Tensor,
 ) -> tuple[Tensor, ...]:
-    dtype = working_dtype(x)
+    dtype = _product_dtype(x)
     pixels, grad = x.flatten(2).to(dtype), grad_out.flatten(2).to(dtype)
     gate = spatial_gate.flatten(2).to(dtype)
     if dtype != grams.dtype:

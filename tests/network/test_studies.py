@@ -60,7 +60,7 @@ class Trainings:
         split = Split.read(study.folder / trial.split)
         correct = 10 + 4 * model.mrcf + 2 * (model.cmam != "none") + trial.seed
         rows = [
-            _Row(name, 1, 32, 32, correct + index, 20, 5, 900, 3.5).metrics()
+            _Row(name, 1, 32, 32, correct + index, 20, 5, 900, 3.5, 1.5, 0.5, 0.1).metrics()
             for index, name in enumerate(split.test)
         ]
         result = self.results[trial.stem] = Result(
