@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,8 @@ def test_only_what_was_measured_is_compared() -> None:
 def test_the_script_for_a_gpu_says_where_there_is_none() -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PYTHON": sys.executable}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     dry = run("--dry-run")
     assert dry.returncode == 0
