@@ -15,8 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -type f) eamnet_kernels/ops/schemas.py
 
-.PHONY: venv build demo test lint sanitize tables wheel clean
-.PHONY: venv build demo test lint sanitize wheel wheels clean
+.PHONY: venv build demo test lint sanitize tables wheel wheels clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -63,8 +62,9 @@ wheel: build
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 # The CPU wheel and the CUDA wheel, each tried in a fresh environment; needs nvcc, but no GPU.
+# TRY: older and other versions of torch to try the CPU wheel on, each installed for it.
 wheels: build
-	$(BIN)/python tests/packaging/wheels.py
+	$(BIN)/python tests/packaging/wheels.py $(TRY:%=--torch %)
 
 clean:
 	rm -rf build dist *.egg-info eamnet_kernels/_C*.so eamnet_kernels/_C*.json
