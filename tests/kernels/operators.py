@@ -2,12 +2,15 @@
 
 A new operator is an entry of `OPERATORS`; a new backend needs nothing here: `backends.names()`
 lists it, and its own `can_run` says which cases it is held to. A bug found becomes a case.
+
+Interpreted kernels (TRITON_INTERPRET=1) take seconds for a case, a cost of statements and hardly of
+sizes: then `OPERATORS` has of each operator the cases that its `interpreted` names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from eamnet_kernels.reference import (
     gate_statistics,
     multi_dilation_conv,
 )
+from eamnet_kernels.triton import interpreted
 
 Inputs = dict[str, Any]
 """An operator's tensors by name; a list of tensors under one name counts as several."""
@@ -32,8 +36,8 @@ class Operator:
 
     `make(case, randn)` draws inputs; `run(inputs, case)` calls the public function, `direct` the
     definition, `raw` gives the arguments of `torch.ops.eamnet_kernels.<name>`. `layout` names the
-    input whose memory layout is varied. `terms(inputs)` is the length of the longest sum, for the
-    bound on float64.
+    input whose memory layout is varied. `interpreted` names the cases for interpreted kernels; they
+    must go beyond every block: more than one of pixels and of channels, the last one ragged.
     """
 
     name: str
@@ -43,6 +47,11 @@ class Operator:
     direct: Callable[[Inputs, dict[str, Any]], Any]
     raw: Callable[[Inputs, dict[str, Any]], tuple[Any, ...]]
     layout: str = "x"
+    interpreted: tuple[str, ...] = ()
+
+    def thinned(self) -> Operator:
+        """With the cases for interpreted kernels, in the order of `interpreted`."""
+        return replace(self, cases={name: self.cases[name] for name in self.interpreted})
 
 
 def _shape(case: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -82,6 +91,16 @@ GATE_STATISTICS = Operator(
     lambda i, _: tuple(F.gate_statistics(i["x"])),
     lambda i, _: gate_statistics.direct(i["x"]),
     lambda i, _: (i["x"],),
+    interpreted=(
+        "odd",
+        "empty-batch",
+        "one-pixel",
+        "one-channel",
+        "long",
+        "ties-across-tiles",
+        "ragged-channels",
+        "ties",
+    ),
 )
 
 
@@ -120,6 +139,7 @@ CROSS_MIX_PIXELS = Operator(
     ),
     lambda i, _: (*(i[t] for t in _TOKENS), i["spatial_gate"], _pixels_scale(i), True),
     layout="k_c",
+    interpreted=("odd", "empty-batch", "one-pixel", "d32", "no-gate", "d80"),
 )
 
 
@@ -159,6 +179,7 @@ CROSS_MIX_CHANNELS = Operator(
     lambda i, _: F.cross_mix_channels(*(i[n] for n in _CHANNEL_INPUTS)),
     lambda i, _: cross_mix_channels.direct(*(i[n] for n in _CHANNEL_INPUTS)),
     lambda i, _: tuple(i[n] for n in _CHANNEL_INPUTS),
+    interpreted=("odd", "empty-batch", "one-pixel", "wide", "ragged-channels"),
 )
 
 
@@ -199,6 +220,7 @@ EXTERNAL_MEMORY = Operator(
     lambda i, c: F.external_memory(*(i[n] for n in _MEMORY_INPUTS), top_k=_top_k(i, c)),
     lambda i, c: external_memory.direct(*(i[n] for n in _MEMORY_INPUTS), _top_k(i, c)),
     lambda i, c: (*(i[n] for n in _MEMORY_INPUTS), _top_k(i, c)),
+    interpreted=("odd", "empty-batch", "one-pixel", "wide", "one-slot", "many-slots"),
 )
 
 
@@ -228,6 +250,7 @@ _CONV_KINDS: dict[str, dict[str, Any]] = {
     "one-branch": {"shape": (2, 6, 6, 5), "dilations": (2,)},
     "five-branches": {"shape": (1, 12, 10, 9), "dilations": (1, 2, 3, 4, 6)},
     "dilation-beyond-picture": {"shape": (1, 8, 4, 5), "dilations": (1, 4, 40)},
+    "wide-groups": {"shape": (1, 48, 9, 29), "dilations": (2,)},
 }
 
 MULTI_DILATION_CONV = Operator(
@@ -252,10 +275,22 @@ MULTI_DILATION_CONV = Operator(
         _conv_options(c)[1],
         True,
     ),
+    interpreted=(
+        "dense-odd",
+        "dense-empty-batch",
+        "dense-one-pixel",
+        "dense-wide-groups",
+        "dense-silu",
+        "depthwise-empty-batch",
+        "depthwise-wide-groups",
+        "depthwise-five-branches",
+        "depthwise-identity",
+        "dense-dilation-beyond-picture",
+    ),
 )
 
 OPERATORS = {
-    operator.name: operator
+    operator.name: operator.thinned() if interpreted() else operator
     for operator in (
         GATE_STATISTICS,
         CROSS_MIX_PIXELS,
