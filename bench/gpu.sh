@@ -49,6 +49,7 @@ step() {
 step facts "$PYTHON" -m eamnet doctor
 step conformance env EAMNET_TEST_DEVICE=cuda "$PYTHON" -m pytest -q -p no:cacheprovider \
     tests/kernels/test_conformance.py -k triton
+step cuda "$PYTHON" -m pytest -q -p no:cacheprovider tests/cuda_host/test_on_card.py
 step benchmark "$PYTHON" -m bench --device cuda --parts operators --output "$results" \
     --dtype float32 --dtype bfloat16
 step predicted "$PYTHON" -m bench.predict --measured "$results"
