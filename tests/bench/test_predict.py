@@ -50,7 +50,8 @@ def test_the_script_for_a_gpu_says_where_there_is_none() -> None:
 
     dry = run("--dry-run")
     assert dry.returncode == 0
-    assert [line.split()[0] for line in dry.stdout.splitlines()] == ["+"] * 4
+    assert [line.split()[0] for line in dry.stdout.splitlines()] == ["+"] * 5
+    assert "tests/cuda_host/test_on_card.py" in dry.stdout
     assert run("--fast").returncode == 2
     done = run()
     assert done.returncode != 0
