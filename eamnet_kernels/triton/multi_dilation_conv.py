@@ -27,7 +27,7 @@ from eamnet_kernels.triton import declines as declines
 from eamnet_kernels.triton import refuses
 from eamnet_kernels.triton.configurations import Configuration, Rule, Table
 from eamnet_kernels.triton.launch import blocks, launch, power_of_two, wide
-from eamnet_kernels.triton.products import precision
+from eamnet_kernels.triton.products import configured, pixel_stride, precision
 
 # All channels of a block of pixels are one program's sums; more would not fit its registers.
 _MOST_CHANNELS = 256
@@ -35,32 +35,36 @@ _PARTS = 512  # programs that a sum over pixels is spread over, at least: a few 
 
 FORWARD = Table(
     "multi_dilation_conv.forward",
+    Rule({"channels": 64, "bits": 16}, Configuration({"PIXELS": 128, "INNER": 16})),
+    Rule({"bits": 16}, Configuration({"PIXELS": 32, "INNER": 32}, num_warps=8)),
     # Exact products of float32 keep their operands in registers.
-    Rule({"channels": 64, "bits": "32"}, Configuration({"PIXELS": 64, "INNER": 16})),
-    Rule({"channels": 64}, Configuration({"PIXELS": 128, "INNER": 16})),
-    Rule({"bits": "32"}, Configuration({"PIXELS": 16, "INNER": 16}, num_warps=8)),
-    Rule({}, Configuration({"PIXELS": 32, "INNER": 32}, num_warps=8)),
+    Rule({"channels": 64}, Configuration({"PIXELS": 32, "INNER": 16})),
+    Rule({}, Configuration({"PIXELS": 16, "INNER": 16}, num_warps=16)),
 )
 POINT_BACKWARD = Table(
     "multi_dilation_conv.point_backward",
-    Rule({"channels": 64}, Configuration({"PIXELS": 128, "INNER": 32})),
-    Rule({}, Configuration({"PIXELS": 64, "INNER": 32})),
+    Rule({"channels": 64, "bits": 16}, Configuration({"PIXELS": 128, "INNER": 32})),
+    Rule({"bits": 16}, Configuration({"PIXELS": 64, "INNER": 32})),
+    Rule({}, Configuration({"PIXELS": 64, "INNER": 16})),
 )
 BRANCH_BACKWARD = Table(
     "multi_dilation_conv.branch_backward",
-    Rule({"channels": 64}, Configuration({"PIXELS": 128, "INNER": 16})),
+    Rule({"channels": 64, "bits": 16}, Configuration({"PIXELS": 128, "INNER": 16})),
+    Rule({"channels": 64}, Configuration({"PIXELS": 64, "INNER": 16}, num_warps=8)),
     Rule({}, Configuration({"PIXELS": 64, "INNER": 16})),
 )
 BRANCH_WEIGHT = Table(
     "multi_dilation_conv.branch_weight",
-    Rule({"channels": 64}, Configuration({"PIXELS": 256})),
-    Rule({}, Configuration({"PIXELS": 64})),
+    Rule({"channels": 64, "bits": 16}, Configuration({"PIXELS": 256})),
+    Rule({"bits": 16}, Configuration({"PIXELS": 64})),
+    Rule({"channels": 64}, Configuration({"PIXELS": 128})),
+    Rule({}, Configuration({"PIXELS": 32})),
 )
 POINT_WEIGHT = Table(
     "multi_dilation_conv.point_weight",
-    Rule({"bits": "32"}, Configuration({"PIXELS": 32, "OUT": 32})),
-    Rule({"channels": 64}, Configuration({"PIXELS": 128, "OUT": 64})),
-    Rule({}, Configuration({"PIXELS": 64, "OUT": 32})),
+    Rule({"channels": 64, "bits": 16}, Configuration({"PIXELS": 128, "OUT": 64})),
+    Rule({"bits": 16}, Configuration({"PIXELS": 64, "OUT": 32})),
+    Rule({}, Configuration({"PIXELS": 32, "OUT": 32})),
 )
 
 
@@ -206,7 +210,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Of samples, channels and pixels of `x` (B,C,H,W), whose pixels are in sequence."""
-    return x.stride(0), x.stride(1), x.stride(3) if x.shape[3] > 1 else x.stride(2)
+    return x.stride(0), x.stride(1), pixel_stride(x)
 
 
 def _by_tap(w_branches: Sequence[Tensor]) -> Tensor:
@@ -230,9 +234,7 @@ def forward(
     if save_for_backward:
         preactivation = _empty_branches(x, len(dilations) * group)
     x = pixels_in_sequence(x)
-    configuration = FORWARD.configuration(
-        x.device, channels=channels, pixels=height * width, bits=str(x.dtype.itemsize * 8)
-    )
+    configuration = configured(FORWARD, x, channels=channels, pixels=height * width)
     launch(
         _forward_kernel,
         (batch * blocks(height * width, configuration.blocks["PIXELS"]),),
@@ -551,11 +553,7 @@ def backward(
     grad_x, grad_pre = empty_like(x), _empty_branches(x, branches * group)
     x, grad_out, preactivation = map(pixels_in_sequence, (x, grad_out, preactivation))
     by_tap = _by_tap(w_branches)
-    key: dict[str, int | str] = {
-        "channels": channels,
-        "pixels": pixels,
-        "bits": str(x.dtype.itemsize * 8),
-    }
+    key = {"channels": channels, "pixels": pixels}
     common = {
         "PRECISION": precision(x.dtype),
         "GROUP": max(16, power_of_two(group)),
@@ -565,7 +563,7 @@ def backward(
     def tiles(configuration: Configuration) -> int:
         return batch * blocks(pixels, configuration.blocks["PIXELS"])
 
-    configuration = POINT_BACKWARD.configuration(x.device, **key)
+    configuration = configured(POINT_BACKWARD, x, **key)
     launch(
         _point_backward_kernel,
         (tiles(configuration) * (branches + 1),),
@@ -575,7 +573,7 @@ def backward(
         ACTIVATION=activation,
         **common,
     )  # fmt: skip
-    configuration = BRANCH_BACKWARD.configuration(x.device, **key)
+    configuration = configured(BRANCH_BACKWARD, x, **key)
     launch(
         _branch_backward_kernel,
         (tiles(configuration) * branches,),
@@ -586,7 +584,7 @@ def backward(
         **common,
     )  # fmt: skip
 
-    configuration = BRANCH_WEIGHT.configuration(x.device, **key)
+    configuration = configured(BRANCH_WEIGHT, x, **key)
     parts = _parts(tiles(configuration), 9 * branches)
     partial = by_tap.new_empty((parts, *by_tap.shape), dtype=torch.float32)
     launch(
@@ -600,7 +598,7 @@ def backward(
     )  # fmt: skip
     grad_branches = partial.sum(0).permute(0, 2, 3, 1).unflatten(3, (3, 3)).to(x.dtype)
 
-    configuration = POINT_WEIGHT.configuration(x.device, **key)
+    configuration = configured(POINT_WEIGHT, x, **key)
     rows = blocks(channels, configuration.blocks["OUT"])
     parts = _parts(tiles(configuration), rows * (branches + 1))
     partial = w_point.new_empty((parts, channels, channels), dtype=torch.float32)
@@ -626,15 +624,21 @@ def _parts(tiles: int, programs_of_part: int) -> int:
 
 
 def exercise(empty: Callable[..., Tensor]) -> None:
-    """Forward and backward at shapes that meet every rule of the tables, for the audit."""
-    for channels, inner, height, width in (
-        (64, 16, 128, 128),
-        (64, 1, 128, 128),
-        (256, 64, 32, 32),
-        (20, 5, 9, 11),
+    """Forward and backward at shapes that meet every rule of the tables, for the audit.
+
+    Dense and depthwise, activations, bias: each form at one of the shapes, not all at each.
+    """
+    for channels, inner, side, activation, bias in (
+        (64, 16, 128, "relu", False),
+        (64, 1, 128, "silu", True),
+        (256, 64, 32, "relu", False),
+        (20, 5, 9, "identity", False),
     ):
-        x, w_point = empty(8, channels, height, width), empty(channels, channels)
+        x, w_point = empty(8, channels, side, side), empty(channels, channels)
         w_branches = [empty(channels // 4, inner, 3, 3).contiguous() for _ in range(3)]
         arguments = (x, w_branches, w_point)
-        out, pre = forward(*arguments, None, (3, 5, 7), "relu", True)
-        backward(out, *arguments, False, (3, 5, 7), "relu", pre)
+        rest = (empty(channels) if bias else None, (3, 5, 7), activation)
+        if bias:
+            forward(*arguments, *rest, False)
+        out, pre = forward(*arguments, *rest, True)
+        backward(out, *arguments, bias, *rest[1:], pre)
