@@ -164,8 +164,12 @@ def variants(
 
 
 def _integers(launch: Launch) -> str:
-    given = zip(launch.kernel.arg_names, launch.arguments, strict=False)
-    kinds = {n: 1 if v == 1 else 16 for n, v in given if type(v) is int and (v == 1 or v % 16 == 0)}
+    given = zip(launch.kernel.params, launch.arguments, strict=False)
+    kinds = {
+        p.name: 1 if v == 1 else 16
+        for p, v in given
+        if type(v) is int and not p.do_not_specialize and (v == 1 or v % 16 == 0)
+    }
     return " ".join(f"{name}:{kind}" for name, kind in kinds.items()) or "none"
 
 

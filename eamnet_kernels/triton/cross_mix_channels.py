@@ -38,9 +38,9 @@ from eamnet_kernels.triton.configurations import Configuration, Rule, Table
 from eamnet_kernels.triton.launch import blocks, launch, wide
 from eamnet_kernels.triton.products import (
     configured,
-    pixel_stride,
     precision,
     run_length,
+    strides,
     tile,
     within,
 )
@@ -52,11 +52,11 @@ def _configuration(warps: int, stages: int, **sizes: int) -> Configuration:
 
 # ROWS are the channels of a block of a result; CHANNELS, and DEPTH of pixels, what one product sums
 # over. A deep one loses precision: with 256 float32 pixels temperature's gradient has twice the
-# error that it has with 32.
+# error that it has with 32. More of them spill, in float32 32 and in 16 bits 64.
 PRODUCTS = Table(
     "cross_mix_channels.products",
-    Rule({"bits": 16}, _configuration(4, 3, DEPTH=64, ROWS=64)),
-    Rule({}, _configuration(4, 2, DEPTH=32, ROWS=32)),
+    Rule({"bits": 16}, _configuration(8, 3, DEPTH=32, ROWS=64)),
+    Rule({}, _configuration(8, 2, DEPTH=16, ROWS=32)),
 )
 APPLY = Table(
     "cross_mix_channels.apply",
@@ -77,7 +77,7 @@ def can_run(arguments: Arguments) -> str | None:
     return refuses(arguments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T", "run"])
 def _products_kernel(  # type: ignore[no-untyped-def]
     z,  # (B,C,N)
     x,  # (B,C,N)
@@ -129,7 +129,7 @@ def _products_kernel(  # type: ignore[no-untyped-def]
         if SYMMETRIC:
             left = (left.to(tl.float32) * g).to(left.dtype)
             result_2 = tl.dot(left, tl.trans(gated), result_2, input_precision=PRECISION)
-    size = C.to(tl.int64) * C
+    size = tl.cast(C, tl.int64) * C
     to = partial + (t * POWERS * B + b) * size
     at = row[:, None] * C + column[None, :]
     inside = (row < C)[:, None] & (column < C)[None, :]
@@ -144,7 +144,7 @@ def _products_kernel(  # type: ignore[no-untyped-def]
             tl.store(to + 2 * B * size + at, result_2, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _apply_kernel(  # type: ignore[no-untyped-def]
     x,  # (B,C,N)
     gate,  # (B,N)
@@ -194,7 +194,7 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + b * out_stride_b + at, result.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _apply_backward_kernel(  # type: ignore[no-untyped-def]
     grad,  # (B,C,N)
     x,  # (B,C,N)
@@ -233,7 +233,7 @@ def _apply_backward_kernel(  # type: ignore[no-untyped-def]
     b = (program // groups // tiles).to(tl.int64)
     x += b * stride_b
     grad += b * grad_stride_b
-    size = C.to(tl.int64) * C
+    size = tl.cast(C, tl.int64) * C
     matrices += b * size
     doubled += b * size
     g = tl.load(gate + b * N + n, n < N, other=0.0).to(tl.float32)[None, :]
@@ -280,10 +280,6 @@ def _apply_backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_x + b * out_stride_b + at, result.to(grad_x.dtype.element_ty), inside)
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), pixel_stride(x)
-
-
 def _products(z: Tensor, x: Tensor, gate: Tensor, powers: int) -> Tensor:
     """z diag(gate^p) x^T for p below `powers`: (powers,B,C,C) float32."""
     (batch, channels), pixels = x.shape[:2], x.shape[2] * x.shape[3]
@@ -295,7 +291,7 @@ def _products(z: Tensor, x: Tensor, gate: Tensor, powers: int) -> Tensor:
     launch(
         _products_kernel,
         (batch * runs * pieces,),
-        z, x, gate, partial, batch, channels, pixels, runs, run, *_strides(z), *_strides(x),
+        z, x, gate, partial, batch, channels, pixels, runs, run, *strides(z), *strides(x),
         configuration=configuration,
         POWERS=powers,
         WIDE=wide(z, x),
@@ -327,7 +323,7 @@ def forward(
     launch(
         _apply_kernel,
         (batch * tiles * blocks(channels, cut["ROWS"]),),
-        x, gate, matrices.to(x.dtype), out, batch, channels, pixels, *_strides(x), *_strides(out),
+        x, gate, matrices.to(x.dtype), out, batch, channels, pixels, *strides(x), *strides(out),
         configuration=configuration,
         WIDE=wide(x, out),
         PRECISION=precision(x.dtype),
@@ -368,7 +364,7 @@ def backward(
         _apply_backward_kernel,
         (batch * blocks(pixels, configuration.blocks["PIXELS"]) * groups,),
         grad, x, gate, mixing.matrices.to(x.dtype), doubled.to(x.dtype), scale, grad_x, grad_gate,
-        batch, channels, pixels, *_strides(grad), *_strides(x), *_strides(grad_x),
+        batch, channels, pixels, *strides(grad), *strides(x), *strides(grad_x),
         configuration=configuration,
         WIDE=wide(grad, x, grad_x),
         PRECISION=precision(x.dtype),
@@ -383,12 +379,7 @@ def backward(
 
 def exercise(empty: Callable[..., Tensor]) -> None:
     """Forward and backward at shapes that meet every rule of the tables, for the audit."""
-    for batch, channels, height, width in (
-        (8, 32, 256, 256),
-        (8, 256, 32, 32),
-        (8, 64, 128, 128),
-        (2, 20, 9, 11),
-    ):
+    for batch, channels, height, width in ((8, 256, 32, 32), (2, 20, 9, 11)):
         x, gate = empty(batch, channels, height, width), empty(batch, 1, height, width)
         stacked, square = x.new_empty(3 * channels, channels), x.new_empty(channels, channels)
         weights = (x.new_empty(batch, channels), stacked, stacked, square, x.new_empty(2, 2))

@@ -50,6 +50,11 @@ def pixel_stride(x: Tensor) -> int:
     return x.stride(3) if x.shape[3] > 1 else x.stride(2)
 
 
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of samples, channels and pixels of `x` (B,C,H,W), whose pixels are in sequence."""
+    return x.stride(0), x.stride(1), pixel_stride(x)
+
+
 def run_length(samples: int, pixels: int, block: int) -> tuple[int, int]:
     """How many blocks of pixels a program sums over, and how many programs that makes a sample.
 

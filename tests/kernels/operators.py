@@ -174,12 +174,13 @@ CROSS_MIX_CHANNELS = Operator(
     {
         **{name: {"shape": shape} for name, shape in _SHAPES.items()},
         "one-pixel": {"shape": _SHAPES["one-pixel"], "singular": True},
+        "ragged-blocks": {"shape": (1, 40, 9, 31)},
     },
     _channels,
     lambda i, _: F.cross_mix_channels(*(i[n] for n in _CHANNEL_INPUTS)),
     lambda i, _: cross_mix_channels.direct(*(i[n] for n in _CHANNEL_INPUTS)),
     lambda i, _: tuple(i[n] for n in _CHANNEL_INPUTS),
-    interpreted=("odd", "empty-batch", "one-pixel", "wide", "ragged-channels"),
+    interpreted=("odd", "empty-batch", "long", "narrow", "ragged-blocks"),
 )
 
 
@@ -215,12 +216,13 @@ EXTERNAL_MEMORY = Operator(
         "one-kept": {"shape": (2, 8, 6, 5), "top_k": 1},
         "one-slot": {"shape": (2, 8, 6, 5), "slots": 1},
         "many-slots": {"shape": (1, 32, 13, 17), "slots": 64},
+        "ragged-blocks": {"shape": (1, 40, 9, 31), "slots": 20},
     },
     _memory,
     lambda i, c: F.external_memory(*(i[n] for n in _MEMORY_INPUTS), top_k=_top_k(i, c)),
     lambda i, c: external_memory.direct(*(i[n] for n in _MEMORY_INPUTS), _top_k(i, c)),
     lambda i, c: (*(i[n] for n in _MEMORY_INPUTS), _top_k(i, c)),
-    interpreted=("odd", "empty-batch", "one-pixel", "wide", "one-slot", "many-slots"),
+    interpreted=("odd", "empty-batch", "all-kept", "one-slot", "ragged-blocks"),
 )
 
 

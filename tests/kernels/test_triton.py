@@ -75,6 +75,28 @@ def test_wide_offsets_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @INTERPRETED
+@pytest.mark.parametrize("name", BACKEND.operators)
+def test_a_program_takes_several_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over pixels on large pictures, which no case of the conformance suite is."""
+    from eamnet_kernels.triton import products
+
+    from .test_conformance import draw, evaluate
+
+    operator = OPERATORS[name]
+    case = list(operator.cases.values())[-1]
+    inputs = draw(operator, case, torch.float32)
+    results = []
+    for programs in (1024, 1):
+        monkeypatch.setattr(products, "_PROGRAMS", programs)
+        with eamnet_kernels.use_backend("triton"):
+            values, grads, _ = evaluate(operator.run, inputs, case)
+        results.append((*values, *grads))
+    for short, long in zip(*results, strict=True):
+        scale = float(short.abs().max())
+        torch.testing.assert_close(long, short, rtol=0, atol=1e-5 * scale)
+
+
+@INTERPRETED
 def test_auto_passes_the_interpreter_over() -> None:
     explanation = eamnet_kernels.explain("gate_statistics", torch.ones(1, 4, 3, 3))
     assert explanation.chosen != "triton"
