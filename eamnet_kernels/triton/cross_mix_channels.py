@@ -56,7 +56,7 @@ def _configuration(warps: int, stages: int, **sizes: int) -> Configuration:
 PRODUCTS = Table(
     "cross_mix_channels.products",
     Rule({"bits": 16}, _configuration(8, 3, DEPTH=32, ROWS=64)),
-    Rule({}, _configuration(8, 2, DEPTH=16, ROWS=32)),
+    Rule({}, _configuration(8, 1, DEPTH=16, ROWS=32)),
 )
 APPLY = Table(
     "cross_mix_channels.apply",
