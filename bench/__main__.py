@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.backend,
         ):  # fmt: skip
             rows.append(row.as_dict())
-            time = "wrong" if row.median_ms is None else f"{row.median_ms:9.3f} ms"
+            untimed = "too slow to time" if row.correct else "wrong"
+            time = untimed if row.median_ms is None else f"{row.median_ms:9.3f} ms"
             ratio = "" if row.speedup is None else f"{row.speedup:6.2f}x auto"
             print(
                 f"{row.subject:30} {row.case:18} {row.mode:8} {row.dtype:9} "

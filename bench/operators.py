@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -83,12 +84,23 @@ class Candidate:
     backend: str | None = None
 
 
-def candidates(subject: Subject, case: Case, inputs: Inputs, compiled: bool) -> list[Candidate]:
+def _explain(subject: Subject, inputs: Inputs, case: Case, mode: str) -> backends.Explanation:
+    """Which backends can compute the case, with or without gradients to come."""
+    assert subject.operator is not None
+    arguments = subject.raw(inputs, case)
+    if isinstance(arguments[-1], bool):  # save_for_backward, last where an operator has it
+        arguments = (*arguments[:-1], mode != "forward")
+    return backends.explain(subject.operator, *arguments)
+
+
+def candidates(
+    subject: Subject, case: Case, inputs: Inputs, mode: str, compiled: bool
+) -> list[Candidate]:
     """Ours on every backend that can run (a module: as `auto` has it), and every rival."""
     found = []
     able = ["auto"]
     if subject.operator is not None:
-        reasons = backends.explain(subject.operator, *subject.raw(inputs, case)).reasons
+        reasons = _explain(subject, inputs, case, mode).reasons
         able = [n for n, why in reasons.items() if why is None or why.startswith("can run")]
     maps = "shape" in case
     for name in able:
@@ -204,7 +216,7 @@ def measure(
     # The backend that is compared with the rivals, "auto" in what is printed.
     auto = backend or "auto"
     if subject.operator is not None and backend is None:
-        auto = backends.explain(subject.operator, *subject.raw(timed[0], case)).chosen or ""
+        auto = _explain(subject, timed[0], case, mode).chosen or ""
 
     def once(candidate: Candidate, index: int) -> Any:
         """One call; inputs 0 are those that results are checked on, the others are timed."""
@@ -217,14 +229,18 @@ def measure(
         truth = _run(definition, wide, case, mode, [g.double() for g in grads[False]])
     definition = Candidate("definition", subject.plain)
     plain = {last: once(Candidate("definition", subject.plain, last), 0) for last in (False, True)}
-    everyone = candidates(subject, case, exact, compiled)
+    everyone = candidates(subject, case, exact, mode, compiled)
     if backend is not None:
         everyone = [c for c in everyone if c.backend in (None, backend)]
     errors = {}
+    endless = set()  # a backend that is not chosen and would use up the time of all
     torch.utils.deterministic.fill_uninitialized_memory = True
     for candidate in everyone:
         torch.use_deterministic_algorithms(candidate.backend is not None)  # poisons torch.empty
+        start = time.perf_counter()
         got = once(candidate, 0)
+        if candidate.backend not in (None, auto) and time.perf_counter() - start > budget / 4:
+            endless.add(candidate.name)
         errors[candidate.name] = _error(
             got, plain[candidate.channels_last], truth, subject.operator is None
         )
@@ -232,7 +248,11 @@ def measure(
         del got
     del truth, plain, wide
 
-    sound = {c.name: c for c in everyone if errors[c.name] <= 1 or c.backend is None}
+    sound = {
+        c.name: c
+        for c in everyone
+        if (errors[c.name] <= 1 or c.backend is None) and c.name not in endless
+    }
     times = interleaved(
         {n: lambda index, c=c: once(c, 1 + index % INPUT_SETS) for n, c in sound.items()},  # type: ignore[misc]
         rounds,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eamnet_kernels import native
 from eamnet_kernels.backends import Arguments
 from eamnet_kernels.cpu import pixels_in_sequence, refuses
 from eamnet_kernels.ops.layout import is_channels_last
@@ -18,23 +19,23 @@ def can_run(arguments: Arguments) -> str | None:
 
 
 def declines(arguments: Arguments) -> str | None:
-    """Dense bfloat16 on a processor with matrix tiles, which these kernels do not use.
+    """Dense branches of many channels, where oneDNN was measured faster.
 
-    Measured on one core against plain PyTorch: 1.2 times as fast with C = 64, but 0.64 and 0.36
-    times with C = 128 and 256. Depthwise branches and other processors are faster here throughout.
+    bfloat16 with matrix tiles, which these kernels do not use: 0.64 and 0.36 times plain PyTorch's
+    speed with C = 128 and 256 on one core; 1.2 times with C = 64. float32 with C = 256: 0.90 times
+    forward and 0.77 with backward on AVX-512 (bench/results/xeon-2core/maps), 0.89 and 0.96 on AVX2
+    (bench/results/epyc-2core/maps). Depthwise branches and other sizes are faster here throughout.
     """
     x, w_branches = arguments["x"], arguments["w_branches"]
-    dense = len(w_branches) > 0 and w_branches[0].shape[1] > 1
-    if (
-        x.dtype == torch.bfloat16
-        and dense
-        and x.shape[1] >= 128
-        and torch.cpu._is_amx_tile_supported()
-    ):
+    if len(w_branches) == 0 or w_branches[0].shape[1] == 1:
+        return None
+    if x.dtype == torch.bfloat16 and x.shape[1] >= 128 and torch.cpu._is_amx_tile_supported():
         return "dense bfloat16 branches were measured faster in oneDNN, which has AMX"
-    if x.dtype == torch.float32 and dense and x.shape[1] >= 256:
-        # 0.90 and 0.77 times plain PyTorch's speed (bench/results/xeon-2core/maps, 2026-11-25).
-        return "dense float32 branches of 64 channels and more were measured faster in oneDNN"
+    if x.dtype == torch.float32 and x.shape[1] >= 256:
+        if arguments.get("save_for_backward") is False:
+            return "dense float32 branches of 64 channels and more: oneDNN's forward is faster"
+        if native.cpu_level() not in ("baseline", "avx2"):
+            return "dense float32 branches of 64 channels and more: oneDNN's AVX-512 is faster"
     return None
 
 
