@@ -61,7 +61,8 @@ def _configuration(warps: int, stages: int, **sizes: int) -> Configuration:
 NORMALIZE = Table(
     "external_memory.normalize",
     Rule({"bits": 16}, _configuration(4, 3, PIXELS=64, CHANNELS=64)),
-    Rule({}, _configuration(8, 1, PIXELS=32, CHANNELS=16)),
+    Rule({"slots": 64}, _configuration(8, 1, PIXELS=32, CHANNELS=16)),
+    Rule({}, _configuration(8, 1, PIXELS=16, CHANNELS=16)),
 )
 JOIN = Table("external_memory.join", Rule({}, _configuration(4, 2, TILES=16)))
 READ = Table(
@@ -71,14 +72,13 @@ READ = Table(
 )
 SUMS = Table(
     "external_memory.sums",
-    Rule({"bits": 16, "slots": 64}, _configuration(8, 2, PIXELS=64, CHANNELS=64, GROUP=256)),
     Rule({"bits": 16}, _configuration(8, 2, PIXELS=64, CHANNELS=64, GROUP=128)),
-    Rule({}, _configuration(8, 2, PIXELS=32, CHANNELS=16, GROUP=32)),
+    Rule({}, _configuration(8, 1, PIXELS=32, CHANNELS=16, GROUP=32)),
 )
 GRADIENT = Table(
     "external_memory.gradient",
-    Rule({"bits": 16}, _configuration(8, 2, PIXELS=32, CHANNELS=32, GROUP=64)),
-    Rule({"slots": 64}, _configuration(8, 2, PIXELS=32, CHANNELS=16, GROUP=32)),
+    Rule({"bits": 16}, _configuration(8, 1, PIXELS=32, CHANNELS=32, GROUP=64)),
+    Rule({"slots": 64}, _configuration(8, 1, PIXELS=32, CHANNELS=16, GROUP=32)),
     Rule({}, _configuration(8, 1, PIXELS=16, CHANNELS=16, GROUP=32)),
 )
 

