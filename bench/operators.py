@@ -84,23 +84,12 @@ class Candidate:
     backend: str | None = None
 
 
-def _explain(subject: Subject, inputs: Inputs, case: Case, mode: str) -> backends.Explanation:
-    """Which backends can compute the case, with or without gradients to come."""
-    assert subject.operator is not None
-    arguments = subject.raw(inputs, case)
-    if isinstance(arguments[-1], bool):  # save_for_backward, last where an operator has it
-        arguments = (*arguments[:-1], mode != "forward")
-    return backends.explain(subject.operator, *arguments)
-
-
-def candidates(
-    subject: Subject, case: Case, inputs: Inputs, mode: str, compiled: bool
-) -> list[Candidate]:
+def candidates(subject: Subject, case: Case, inputs: Inputs, compiled: bool) -> list[Candidate]:
     """Ours on every backend that can run (a module: as `auto` has it), and every rival."""
     found = []
     able = ["auto"]
     if subject.operator is not None:
-        reasons = _explain(subject, inputs, case, mode).reasons
+        reasons = backends.explain(subject.operator, *subject.raw(inputs, case)).reasons
         able = [n for n, why in reasons.items() if why is None or why.startswith("can run")]
     maps = "shape" in case
     for name in able:
@@ -216,7 +205,7 @@ def measure(
     # The backend that is compared with the rivals, "auto" in what is printed.
     auto = backend or "auto"
     if subject.operator is not None and backend is None:
-        auto = _explain(subject, timed[0], case, mode).chosen or ""
+        auto = backends.explain(subject.operator, *subject.raw(timed[0], case)).chosen or ""
 
     def once(candidate: Candidate, index: int) -> Any:
         """One call; inputs 0 are those that results are checked on, the others are timed."""
@@ -229,7 +218,7 @@ def measure(
         truth = _run(definition, wide, case, mode, [g.double() for g in grads[False]])
     definition = Candidate("definition", subject.plain)
     plain = {last: once(Candidate("definition", subject.plain, last), 0) for last in (False, True)}
-    everyone = candidates(subject, case, exact, mode, compiled)
+    everyone = candidates(subject, case, exact, compiled)
     if backend is not None:
         everyone = [c for c in everyone if c.backend in (None, backend)]
     errors = {}
