@@ -27,7 +27,7 @@ from eamnet_kernels.triton import declines as declines
 from eamnet_kernels.triton import refuses
 from eamnet_kernels.triton.configurations import Configuration, Rule, Table
 from eamnet_kernels.triton.launch import blocks, launch, power_of_two, wide
-from eamnet_kernels.triton.products import configured, pixel_stride, precision
+from eamnet_kernels.triton.products import configured, precision, strides
 
 # All channels of a block of pixels are one program's sums; more would not fit its registers.
 _MOST_CHANNELS = 256
@@ -208,11 +208,6 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + to, total.to(out.dtype.element_ty), (o < C)[:, None] & (n < N)[None, :])
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Of samples, channels and pixels of `x` (B,C,H,W), whose pixels are in sequence."""
-    return x.stride(0), x.stride(1), pixel_stride(x)
-
-
 def _by_tap(w_branches: Sequence[Tensor]) -> Tensor:
     """The branches' weights as the kernels read them, (n,9,G,G) or (n,9,G,1)."""
     return torch.stack(list(w_branches)).flatten(3).permute(0, 3, 1, 2).contiguous()
@@ -241,8 +236,8 @@ def forward(
         x, _by_tap(w_branches), w_point.contiguous(),
         w_point if bias is None else bias.contiguous(),
         out, preactivation if save_for_backward else out,
-        channels, group, height, width, *_strides(x), *_strides(out),
-        *(_strides(preactivation) if save_for_backward else (0, 0, 0)),
+        channels, group, height, width, *strides(x), *strides(out),
+        *(strides(preactivation) if save_for_backward else (0, 0, 0)),
         configuration=configuration,
         DILATIONS=tuple(dilations),
         ACTIVATION=activation,
@@ -568,7 +563,7 @@ def backward(
         _point_backward_kernel,
         (tiles(configuration) * (branches + 1),),
         grad_out, w_point.contiguous(), preactivation, grad_x, grad_pre, channels, group, pixels,
-        *_strides(grad_out), *_strides(preactivation), *_strides(grad_x), *_strides(grad_pre),
+        *strides(grad_out), *strides(preactivation), *strides(grad_x), *strides(grad_pre),
         configuration=configuration,
         ACTIVATION=activation,
         **common,
@@ -577,7 +572,7 @@ def backward(
     launch(
         _branch_backward_kernel,
         (tiles(configuration) * branches,),
-        grad_pre, by_tap, grad_x, group, height, width, *_strides(grad_pre), *_strides(grad_x),
+        grad_pre, by_tap, grad_x, group, height, width, *strides(grad_pre), *strides(grad_x),
         configuration=configuration,
         DILATIONS=tuple(dilations),
         DENSE=dense,
@@ -590,7 +585,7 @@ def backward(
     launch(
         _branch_weight_kernel,
         (parts * branches * 9,),
-        grad_pre, x, partial, batch, group, height, width, *_strides(grad_pre), *_strides(x),
+        grad_pre, x, partial, batch, group, height, width, *strides(grad_pre), *strides(x),
         configuration=configuration,
         DILATIONS=tuple(dilations),
         DENSE=dense,
@@ -607,7 +602,7 @@ def backward(
         _point_weight_kernel,
         (parts * rows * (branches + 1),),
         grad_out, x, preactivation, partial, partial_bias, batch, channels, group, pixels,
-        *_strides(grad_out), *_strides(x), *_strides(preactivation),
+        *strides(grad_out), *strides(x), *strides(preactivation),
         configuration=configuration,
         ACTIVATION=activation,
         HAS_BIAS=has_bias,
