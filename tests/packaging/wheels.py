@@ -42,7 +42,8 @@ if has_cuda and torch.version.cuda:
         with ek.use_backend("cuda"):
             on_card = ek.functional.gate_statistics(x.cuda())
         torch.testing.assert_close(on_card.pixel_mean.cpu(), statistics.pixel_mean)
-print("torch", torch.__version__)
+print(ek.explain("multi_dilation_conv", x, [], torch.eye(32), None, [], "relu", False))
+print(torch.__version__)
 """
 
 
@@ -68,14 +69,15 @@ def smoke(kind: str, wheel: Path, folder: Path, torch: str | None = None) -> str
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     python = folder / "bin" / "python"
     install = (python, "-m", "pip", "install", "--quiet")
+    # Without it pip and the suite would take the package from a checkout that the path names.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if torch is None:
         (packages,) = folder.glob("lib/python*/site-packages")
         # A plain line: what is installed there as editable is not found through it.
         (packages / "torch_of_the_builder.pth").write_text(sysconfig.get_path("purelib") + "\n")
     else:
-        subprocess.run([*install, f"torch=={torch}", "numpy"], check=True)
-    subprocess.run([*install, "--no-deps", wheel], check=True)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        subprocess.run([*install, f"torch=={torch}", "numpy"], env=environment, check=True)
+    subprocess.run([*install, "--no-deps", wheel], env=environment, check=True)
     done = subprocess.run(
         [python, "-c", SMOKE, kind],
         cwd=folder,
