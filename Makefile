@@ -1,15 +1,17 @@
 # make demo: environment, build, a short training on synthetic pictures, evaluation, report.
 # make test: everything that is tested. Both set up whatever is missing, in .venv.
 #
-#   PYTHON   the Python (3.10 or later) that .venv is made from
-#   TORCH    what pip installs for torch; the default is the pair tested with. 'torch>=2.10' takes
-#            the newest; --index-url in it chooses a CPU-only or a CUDA build.
-#   EXTRAS   extras of the package that are installed
-#   PYTEST   arguments of pytest, e.g. PYTEST='-k gate_statistics'
+#   PYTHON     the Python (3.10 or later) that .venv is made from
+#   TORCH      what pip installs for torch; the default is the pair tested with. 'torch>=2.10' takes
+#              the newest; --index-url in it chooses a CPU-only or a CUDA build.
+#   EXTRAS     extras of the package that are installed
+#   PYTEST     arguments of pytest, e.g. PYTEST='-k gate_statistics'
+#   PROCESSES  that pytest shares the tests among, each of up to 3 GiB; 0: its own only
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 EXTRAS ?= train,test,dev
 PYTEST ?=
+PROCESSES ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,7 +50,7 @@ lint: venv
 	$(BIN)/mypy
 
 test: lint build
-	$(BIN)/pytest $(PYTEST)
+	$(BIN)/pytest -n $(PROCESSES) --dist worksteal $(PYTEST)
 
 # The compiled operators' tests under each sanitizer, in copies of the package under build/.
 sanitize: build

@@ -2,7 +2,8 @@
 
 `make wheels`. The second needs nvcc, but no GPU. Each is installed into a fresh environment, which
 sees the torch of this one, and passes the smoke suite below. `--torch VERSION` installs that torch
-into the environment instead, once for each time it is given, and tries the CPU wheel there as well:
+into the environment instead, once for each time it is given, and tries both wheels there as well:
+the CUDA kernels must load where torch has the same CUDA major, and say why not elsewhere.
 
     python tests/packaging/wheels.py --torch 2.10.0 --torch 2.12.1 --torch 2.13.0+cpu
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = """
+import json
 import sys
 import torch
 import eamnet_kernels as ek
@@ -36,9 +38,11 @@ with ek.use_backend("cpu"):
 torch.testing.assert_close(statistics.pixel_mean, x.mean(1, keepdim=True))
 has_cuda = native._LIBRARY.with_name("_C_cuda.so").exists()
 assert has_cuda == (sys.argv[1] == "cuda")
-if has_cuda and torch.version.cuda:
-    assert native.cuda_error() is None, native.cuda_error()
-    if torch.cuda.is_available():
+if has_cuda:
+    record = json.loads(native._LIBRARY.with_name("_C_cuda.json").read_text())
+    majors = [(v or "").partition(".")[0] for v in (record["cuda_version"], torch.version.cuda)]
+    assert (native.cuda_error() is None) == (majors[0] == majors[1]), native.cuda_error()
+    if native.cuda_error() is None and torch.cuda.is_available():
         with ek.use_backend("cuda"):
             on_card = ek.functional.gate_statistics(x.cuda())
         torch.testing.assert_close(on_card.pixel_mean.cpu(), statistics.pixel_mean)
@@ -103,7 +107,7 @@ def main() -> None:
             build(kind, folder)
         (wheel,) = find(kind, folder)
         record[wheel.name] = {"bytes": wheel.stat().st_size, "passed_on_torch": []}
-        for torch in (None, *options.torch) if kind == "cpu" else (None,):
+        for torch in (None, *options.torch):
             version = smoke(kind, wheel, ROOT / "build" / f"smoke-{kind}", torch)
             record[wheel.name]["passed_on_torch"].append(version)
             print(f"{wheel.name}, torch {version}: smoke suite passed", flush=True)
