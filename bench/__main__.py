@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,18 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+def _line(row: results.Record) -> str:
+    """A row in words, for those who watch."""
+    what = [str(row.get(k, "")) for k in ("subject", "case", "network", "axis", "value", "mode")]
+    what += [str(row.get(k, "")) for k in ("dtype", "candidate")]
+    words = " ".join(w for w in what if w)
+    if row["median_ms"] is None:
+        return f"{words:90} {'too slow to time' if row['correct'] else 'wrong'}"
+    ratio = row.get("speedup", row.get("times_ours"))
+    relative = "" if ratio is None else f" {ratio:6.2f}x ours"
+    return f"{words:90} {row['median_ms']:10.3f} ms{relative}{' noisy' if row.get('noisy') else ''}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,57 +73,54 @@ def main(arguments: list[str] | None = None) -> int:
     default = "operators" if options.quick or options.op else "operators,network,sweeps"
     parts = (options.parts or default).split(",")
     rounds = options.rounds or (9 if options.quick else 15)
-    budget = options.budget or (1.0 if options.quick else 12.0)
+    budget = options.budget or (1.0 if options.quick else 5.0)
     compiled = not options.no_compile and not options.quick
     facts = results.environment(device)
     written: list[Path] = []
     contents: dict[str, Any] = {}
     problems: list[str] = []
 
+    def keep(part: str, rows: Iterable[results.Record], **more: Any) -> list[results.Record]:
+        """Write the part's files anew with every row, so that a run which is stopped loses none."""
+        kept: list[results.Record] = []
+        contents[part] = {"environment": facts, **more, "rows": kept}
+        start = time.monotonic()
+        for row in rows:
+            kept.append(row)
+            print(_line(row), flush=True)
+            results.write(options.output, part, contents[part])
+        contents[part]["seconds"] = round(time.monotonic() - start)
+        return kept
+
     if "operators" in parts:
         ceilings = {dtype: floor.measure(dtype, device) for dtype in dtypes}
-        rows: list[results.Record] = []
-        contents["operators"] = {
-            "environment": facts,
-            "ceilings": {
+        measured = operators.run(
+            names, modes, dtypes, device, ceilings, options.quick, shape, rounds, budget, compiled,
+            options.backend,
+        )  # fmt: skip
+        rows = keep(
+            "operators",
+            (row.as_dict() for row in measured),
+            ceilings={
                 str(d).removeprefix("torch."): {"copy": c.copy, "gemm": c.gemm}
                 for d, c in ceilings.items()
             },
-            "rows": rows,
-        }
-        for row in operators.run(
-            names, modes, dtypes, device, ceilings, options.quick, shape, rounds, budget, compiled,
-            options.backend,
-        ):  # fmt: skip
-            rows.append(row.as_dict())
-            untimed = "too slow to time" if row.correct else "wrong"
-            time = untimed if row.median_ms is None else f"{row.median_ms:9.3f} ms"
-            ratio = "" if row.speedup is None else f"{row.speedup:6.2f}x auto"
-            print(
-                f"{row.subject:30} {row.case:18} {row.mode:8} {row.dtype:9} "
-                f"{row.candidate:32} {time} {ratio}{' noisy' if row.noisy else ''}",
-                flush=True,
-            )
-            results.write(options.output, "operators", contents["operators"])  # a stop loses no row
+        )
         found = summary.comparisons(rows)
         problems = summary.failures(rows, found)
-        print()
-        print(summary.markdown(found))
+        print(f"\n{summary.markdown(found)}\n")
     if "network" in parts:
         from bench import network
 
         size, batch = (64, 2) if options.quick else (256, 8)
-        measured = network.measure(size, batch, max(3, rounds // 2), 4 * budget, compiled)
-        contents["network"] = {"environment": facts, "rows": measured}
-        print()
-        print(summary.network_markdown(measured))
+        rows = keep(
+            "network", network.measure(size, batch, max(3, rounds // 2), 4 * budget, compiled)
+        )
+        print(f"\n{summary.network_markdown(rows)}\n")
     if "sweeps" in parts:
         from bench import sweeps
 
-        contents["sweeps"] = {
-            "environment": facts,
-            "rows": sweeps.measure(max(3, rounds // 3), budget / 4),
-        }
+        keep("sweeps", sweeps.measure(max(3, rounds // 3), budget / 4))
     for name, content in contents.items():
         written += results.write(options.output, name, content)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,10 +71,9 @@ def _largest_error(call: Callable[[int], Any], truth: Tensor) -> float:
     return float((got.double() - truth).abs().max() / truth.abs().max())
 
 
-def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -> list[Record]:
+def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -> Iterator[Record]:
     """Training step at `batch` and inference at batch 1: ours, the direct definitions, others."""
     torch.manual_seed(0)
-    rows: list[Record] = []
     loss_of = SegmentationLoss()
     for mode in ("inference", "training step"):
         images = torch.rand(1 if mode == "inference" else batch, 3, size, size)
@@ -128,24 +127,21 @@ def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -
             ratio = paired_ratio(t, times["EAM-Net"])
             extra = peak_extra_bytes(calls[name], torch.device("cpu"))
             counted = count_complexity(networks[name], (size, size))
-            rows.append(
-                {
-                    "network": name,
-                    "mode": mode,
-                    "size": size,
-                    "batch": len(images),
-                    "error": errors.get(name),
-                    "rounds": len(t.seconds),
-                    "median_ms": 1e3 * t.median,
-                    "p20_ms": 1e3 * t.percentile(20),
-                    "p80_ms": 1e3 * t.percentile(80),
-                    "noisy": t.spread > WIDE_SPREAD,
-                    "times_ours": ratio.median,
-                    "times_ours_low": ratio.low,
-                    "times_ours_high": ratio.high,
-                    "parameters": counted.parameters,
-                    "macs": counted.macs,
-                    "peak_extra_mb": None if extra is None else extra / 1e6,
-                }
-            )
-    return rows
+            yield {
+                "network": name,
+                "mode": mode,
+                "size": size,
+                "batch": len(images),
+                "error": errors.get(name),
+                "rounds": len(t.seconds),
+                "median_ms": 1e3 * t.median,
+                "p20_ms": 1e3 * t.percentile(20),
+                "p80_ms": 1e3 * t.percentile(80),
+                "noisy": t.spread > WIDE_SPREAD,
+                "times_ours": ratio.median,
+                "times_ours_low": ratio.low,
+                "times_ours_high": ratio.high,
+                "parameters": counted.parameters,
+                "macs": counted.macs,
+                "peak_extra_mb": None if extra is None else extra / 1e6,
+            }

@@ -202,10 +202,14 @@ def measure(
         for last in (False, True)
         for pairs in [list(zip(own_grads, out, strict=True))]
     }
-    # The backend that is compared with the rivals, "auto" in what is printed.
-    auto = backend or "auto"
-    if subject.operator is not None and backend is None:
-        auto = backends.explain(subject.operator, *subject.raw(timed[0], case)).chosen or ""
+
+    def choice(last: bool) -> str:
+        """The backend that is compared with the rivals of a layout, "auto" in what is printed."""
+        if backend is not None or subject.operator is None:
+            return backend or "auto"
+        return backends.explain(subject.operator, *subject.raw(sets[last][1], case)).chosen or ""
+
+    auto = {last: choice(last) for last in (False, True)}
 
     def once(candidate: Candidate, index: int) -> Any:
         """One call; inputs 0 are those that results are checked on, the others are timed."""
@@ -228,7 +232,8 @@ def measure(
         torch.use_deterministic_algorithms(candidate.backend is not None)  # poisons torch.empty
         start = time.perf_counter()
         got = once(candidate, 0)
-        if candidate.backend not in (None, auto) and time.perf_counter() - start > budget / 4:
+        left_out = candidate.backend not in (None, auto[candidate.channels_last])
+        if left_out and time.perf_counter() - start > budget / 4:
             endless.add(candidate.name)
         errors[candidate.name] = _error(
             got, plain[candidate.channels_last], truth, subject.operator is None
@@ -260,7 +265,7 @@ def measure(
             "dtype": str(dtype).removeprefix("torch."),
             "candidate": candidate.name,
             "ours": candidate.backend is not None,
-            "chosen": candidate.backend == auto,
+            "chosen": candidate.backend == auto[candidate.channels_last],
             "correct": errors[candidate.name] <= 1,
             "error": errors[candidate.name],
         }
@@ -269,7 +274,8 @@ def measure(
             continue
         t = times[candidate.name]
         # A rival is compared with ours in the rival's own layout.
-        own = f"{auto}{', channels-last' if candidate.channels_last else ''}"
+        last = candidate.channels_last
+        own = f"{auto[last]}{', channels-last' if last else ''}"
         ratio = paired_ratio(t, times[own]) if own in times else None
         call = lambda index, c=candidate: once(c, 1 + index % INPUT_SETS)  # noqa: E731
         extra = peak_extra_bytes(call, device) if memory else None

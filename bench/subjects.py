@@ -200,7 +200,15 @@ def _conv(name: str, depthwise: bool) -> Subject:
         lambda i, _: reference_conv.direct(
             i["x"], i["w_branches"], i["w_point"], None, (3, 5, 7), "relu"
         ),
-        lambda i, _: (i["x"], i["w_branches"], i["w_point"], None, [3, 5, 7], "relu", True),
+        lambda i, _: (
+            i["x"],
+            i["w_branches"],
+            i["w_point"],
+            None,
+            [3, 5, 7],
+            "relu",
+            i["x"].requires_grad,
+        ),
         make_exact=_make_conv_exact,
     )
 
@@ -241,16 +249,25 @@ def pixels_truth(i: Inputs, _: Case) -> Tensor:
 CROSS_MIX_PIXELS = Subject(
     "cross_mix_pixels",
     "cross_mix_pixels",
-    tuple({"tokens": (4, 256 // d, n, d)} for n in (1024, 4096) for d in (16, 32, 64)),
+    # Batch 1 at 4096: one call of one head takes as long as 16 at 1024.
+    tuple({"tokens": (b, 256 // d, n, d)} for b, n in ((4, 1024), (1, 4096)) for d in (16, 32, 64)),
     ({"tokens": (2, 4, 512, 32)},),
     _make_pixels,
     lambda i, _: F.cross_mix_pixels(*(i[t] for t in _TOKENS)),
     two_attentions,  # writing the N x N scores out would be slower
-    lambda i, _: (*(i[t] for t in _TOKENS), None, i["q_s"].shape[3] ** -0.5, True),
+    lambda i, _: (
+        *(i[t] for t in _TOKENS),
+        None,
+        i["q_s"].shape[3] ** -0.5,
+        i["q_s"].requires_grad,
+    ),
     truth=pixels_truth,
 )
 
 # ---- modules
+
+# Of a module: channel attention at the first, pixel attention at the second.
+_MODULE_CASES = tuple({"shape": shape} for shape in (MAPS[1], MAPS[3]))
 
 
 @contextlib.contextmanager
@@ -315,7 +332,7 @@ def _module(
         return functional_call(own, {**parameters, **buffers}, (i["x"],))
 
     return Subject(
-        name, None, _maps(), _quick(), make, call, call,
+        name, None, _MODULE_CASES, _quick(), make, call, call,
         make_exact=make_exact, ends_in_relu=ends_in_relu, scope=direct_definitions,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -56,12 +56,11 @@ def exponent(values: list[float], costs: list[float]) -> float:
     return float(np.polyfit(x, y, 1)[0])
 
 
-def measure(rounds: int, budget: float) -> list[Record]:
+def measure(rounds: int, budget: float) -> Iterator[Record]:
     """A row per point: time and peak memory of the backend that `auto` takes."""
-    rows: list[Record] = []
     threads = torch.get_num_threads()
 
-    def point(name: str, axis: str, value: int, case: dict[str, Any], expected: float) -> None:
+    def point(name: str, axis: str, value: int, case: dict[str, Any], expected: float) -> Record:
         subject = SUBJECTS[name]
         torch.manual_seed(0)
         sets = [subject.make(case, lambda *shape: torch.randn(shape)) for _ in range(2)]
@@ -73,32 +72,29 @@ def measure(rounds: int, budget: float) -> list[Record]:
         device = torch.device("cpu")
         time = interleaved({"ours": call}, rounds, device, budget)["ours"]
         extra = peak_extra_bytes(call, device)
-        rows.append(
-            {
-                "subject": name,
-                "axis": axis,
-                "value": value,
-                "median_ms": 1e3 * time.median,
-                "p20_ms": 1e3 * time.percentile(20),
-                "p80_ms": 1e3 * time.percentile(80),
-                "peak_extra_mb": None if extra is None else extra / 1e6,
-                "expected_exponent": expected,
-            }
-        )
+        return {
+            "subject": name,
+            "axis": axis,
+            "value": value,
+            "median_ms": 1e3 * time.median,
+            "p20_ms": 1e3 * time.percentile(20),
+            "p80_ms": 1e3 * time.percentile(80),
+            "peak_extra_mb": None if extra is None else extra / 1e6,
+            "expected_exponent": expected,
+        }
 
     for name, axes in _AXES.items():
         for axis, (values, case_of, expected) in axes.items():
             for value in values:
-                point(name, axis, value, case_of(value), expected)
+                yield point(name, axis, value, case_of(value), expected)
     try:
         for name in SUBJECTS:
             case = SUBJECTS[name].cases[0]
             for count in range(1, threads + 1):
                 torch.set_num_threads(count)
-                point(name, "threads", count, case, -1)
+                yield point(name, "threads", count, case, -1)
     finally:
         torch.set_num_threads(threads)
-    return rows
 
 
 def fits(rows: list[Record]) -> list[Record]:

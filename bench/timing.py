@@ -166,9 +166,9 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
     """Memory that one call needs beyond what is allocated before it, results included.
 
     GPU: the allocator's peak. CPU: the growth of the process's high-water mark, after returning
-    free memory to the system; None where the system cannot reset the mark.
+    free memory to the system; None where the system cannot reset the mark. What a first call keeps
+    for later ones counts, unless it was made before.
     """
-    call(0)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -70,6 +70,9 @@ def forward(
     save_for_backward: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = memory_format(x)
+    if not save_for_backward:
+        out = direct(x, w_branches, w_point, bias, dilations, activation)
+        return out.contiguous(memory_format=layout), out.new_empty(0)
     first, *groups = x.chunk(len(dilations) + 1, dim=1)
     branches = [
         _branch(group, weight, dilation)
@@ -78,8 +81,6 @@ def forward(
     preactivation = torch.cat(branches, 1) if branches else x[:, :0]
     fused = torch.cat((first, ACTIVATIONS[activation](preactivation)), 1)
     out = conv2d(fused, w_point[:, :, None, None], bias).contiguous(memory_format=layout)
-    if not save_for_backward:
-        return out, out.new_empty(0)
     return out, preactivation.contiguous(memory_format=layout)
 
 

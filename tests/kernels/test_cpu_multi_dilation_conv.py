@@ -169,3 +169,19 @@ def test_kernels_check_what_they_are_given() -> None:
         native_forward(x, w_branches, w_point, None, [1, 0, 3], "relu", False, False)
     with pytest.raises(RuntimeError, match="accepted: relu"):
         native_forward(x, w_branches, w_point, None, [1, 2, 3], "tanh", False, False)
+
+
+def test_inference_of_many_channels_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On AVX2 in channels-last alone, where it was measured faster; training stays with ours."""
+    x = torch.randn(1, 256, 4, 4)
+    weights = [torch.randn(64, 64, 3, 3) for _ in range(3)]
+
+    def declined(x: Tensor, save: bool) -> bool:
+        arguments = {"x": x, "w_branches": weights, "save_for_backward": save}
+        return cpu.declines(arguments) is not None
+
+    last = x.contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(native, "cpu_level", lambda: "avx2")
+    assert [declined(t, save) for t in (x, last) for save in (True, False)] == [False] * 3 + [True]
+    monkeypatch.setattr(native, "cpu_level", lambda: "avx512")
+    assert declined(x, True)
