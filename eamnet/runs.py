@@ -45,6 +45,7 @@ from eamnet.checkpoints import (
 from eamnet.data import SegmentationData
 from eamnet.distributed import CrossProcessBatchNormSync
 from eamnet.inference import export_weights
+from eamnet.memory import keep_freed_memory
 from eamnet.metrics import METRICS, Summary
 from eamnet.model import EAMNet
 from eamnet.report import write_report
@@ -88,6 +89,7 @@ def _run(command: str, arguments: list[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
+    keep_freed_memory()
     run = _RunCLI(command, _with_run_config(_with_packaged_configs(arguments)))
     if command == "fit":
         run.fit()
