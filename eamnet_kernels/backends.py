@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -32,6 +33,11 @@ OPERATORS = (
 )
 
 
+@cache  # import_module takes 7 us, and every call asks every backend
+def _module(backend: str, operator: str) -> ModuleType:
+    return importlib.import_module(f"eamnet_kernels.{backend}.{operator}")
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the operators.
@@ -47,7 +53,7 @@ class Backend:
 
     def module(self, operator: str) -> ModuleType:
         """The module that implements `operator`; imported at first use."""
-        return importlib.import_module(f"eamnet_kernels.{self.name}.{operator}")
+        return _module(self.name, operator)
 
     def reason_not(self, operator: str, arguments: Arguments) -> str | None:
         """Why this backend cannot run the call, or None where it can."""
