@@ -25,6 +25,7 @@ _INTERPRETED = {
     "GROUP": 32,
     "QUERIES": 64,
     "KEYS": 64,
+    "TILES": 2,
 }
 
 

@@ -216,7 +216,7 @@ EXTERNAL_MEMORY = Operator(
         "one-kept": {"shape": (2, 8, 6, 5), "top_k": 1},
         "one-slot": {"shape": (2, 8, 6, 5), "slots": 1},
         "many-slots": {"shape": (1, 32, 13, 17), "slots": 64},
-        "ragged-blocks": {"shape": (1, 40, 9, 33), "slots": 20},
+        "ragged-blocks": {"shape": (1, 40, 17, 31), "slots": 20},
     },
     _memory,
     lambda i, c: F.external_memory(*(i[n] for n in _MEMORY_INPUTS), top_k=_top_k(i, c)),
