@@ -27,42 +27,40 @@ from eamnet_kernels.triton import declines as declines
 from eamnet_kernels.triton import refuses
 from eamnet_kernels.triton.configurations import Configuration, Rule, Table
 from eamnet_kernels.triton.launch import blocks, launch, power_of_two, wide
-from eamnet_kernels.triton.products import configured, precision, strides
+from eamnet_kernels.triton.products import configured, parts_of_sum, precision, strides
 
-# All channels of a block of pixels are one program's sums; more would not fit its registers.
-_MOST_CHANNELS = 256
-_PARTS = 512  # programs that a sum over pixels is spread over, at least: a few per multiprocessor
+# All channels of a block of pixels are one program's sums, and so are the weights of a group: more
+# would not fit its registers.
+_MOST_CHANNELS, _MOST_OF_GROUP = 256, 64
 
 FORWARD = Table(
     "multi_dilation_conv.forward",
-    Rule({"channels": 64, "bits": 16}, Configuration({"PIXELS": 128, "INNER": 16})),
-    Rule({"bits": 16}, Configuration({"PIXELS": 32, "INNER": 32}, num_warps=8)),
+    Rule({"channels": 64, "group": 16, "bits": 16}, Configuration({"PIXELS": 64, "INNER": 16})),
+    Rule({"bits": 16}, Configuration({"PIXELS": 64, "INNER": 32}, num_warps=8)),
     # Exact products of float32 keep their operands in registers.
-    Rule({"channels": 64}, Configuration({"PIXELS": 32, "INNER": 16})),
+    Rule({"channels": 64, "group": 16}, Configuration({"PIXELS": 32, "INNER": 16})),
     Rule({}, Configuration({"PIXELS": 16, "INNER": 16}, num_warps=16)),
 )
 POINT_BACKWARD = Table(
     "multi_dilation_conv.point_backward",
-    Rule({"channels": 64, "bits": 16}, Configuration({"PIXELS": 128, "INNER": 32})),
+    Rule({"group": 16, "bits": 16}, Configuration({"PIXELS": 128, "INNER": 32})),
     Rule({"bits": 16}, Configuration({"PIXELS": 64, "INNER": 32})),
     Rule({}, Configuration({"PIXELS": 64, "INNER": 16})),
 )
 BRANCH_BACKWARD = Table(
     "multi_dilation_conv.branch_backward",
-    Rule({"channels": 64, "bits": 16}, Configuration({"PIXELS": 128, "INNER": 16})),
-    Rule({"channels": 64}, Configuration({"PIXELS": 64, "INNER": 16}, num_warps=8)),
-    Rule({}, Configuration({"PIXELS": 64, "INNER": 16})),
+    Rule({"group": 16, "bits": 16}, Configuration({"PIXELS": 128, "INNER": 16})),
+    Rule({"group": 16}, Configuration({"PIXELS": 64, "INNER": 16}, num_stages=1)),
+    Rule({}, Configuration({"PIXELS": 32, "INNER": 16}, num_stages=1)),
 )
 BRANCH_WEIGHT = Table(
     "multi_dilation_conv.branch_weight",
-    Rule({"channels": 64, "bits": 16}, Configuration({"PIXELS": 256})),
+    Rule({"group": 16}, Configuration({"PIXELS": 128})),
     Rule({"bits": 16}, Configuration({"PIXELS": 64})),
-    Rule({"channels": 64}, Configuration({"PIXELS": 128})),
     Rule({}, Configuration({"PIXELS": 32})),
 )
 POINT_WEIGHT = Table(
     "multi_dilation_conv.point_weight",
-    Rule({"channels": 64, "bits": 16}, Configuration({"PIXELS": 128, "OUT": 64})),
     Rule({"bits": 16}, Configuration({"PIXELS": 64, "OUT": 32})),
     Rule({}, Configuration({"PIXELS": 32, "OUT": 32})),
 )
@@ -72,9 +70,14 @@ def can_run(arguments: Arguments) -> str | None:
     reason = refuses(arguments)
     if reason is None and not arguments["w_branches"]:
         reason = "there is no branch"
-    if reason is None and arguments["x"].shape[1] > _MOST_CHANNELS:
-        reason = f"x has {arguments['x'].shape[1]} channels; it takes up to {_MOST_CHANNELS}"
-    return reason
+    if reason is not None:
+        return reason
+    channels, group = arguments["x"].shape[1], arguments["w_branches"][0].shape[0]
+    if channels > _MOST_CHANNELS:
+        return f"x has {channels} channels; it takes up to {_MOST_CHANNELS}"
+    if group > _MOST_OF_GROUP:
+        return f"a group has {group} channels; it takes up to {_MOST_OF_GROUP}"
+    return None
 
 
 @triton.jit
@@ -165,8 +168,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
     unchanged = tl.load(x + at_g, inside, other=0.0)
     point = (o < C)[:, None] & (g < G)[None, :]
-    at_point = w_point + o[:, None] * C + g[None, :]
-    weight = tl.load(at_point, point, other=0.0)
+    at_point = o[:, None] * C + g[None, :]
+    weight = tl.load(w_point + at_point, point, other=0.0)
     total = tl.dot(weight, unchanged, input_precision=PRECISION)
     for branch in range(len(DILATIONS)):
         dilation = _dilation(branch, DILATIONS)
@@ -200,7 +203,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             to = b * pre_b + (channel * pre_c)[:, None] + (n.to(index) * pre_n)[None, :]
             tl.store(preactivation + to, z, inside)
         activated = _activated(z.to(tl.float32), ACTIVATION).to(x.dtype.element_ty)
-        weight = tl.load(at_point + (branch + 1) * G, point, other=0.0)
+        weight = tl.load(w_point + (branch + 1) * G + at_point, point, other=0.0)
         total = tl.dot(weight, activated, total, input_precision=PRECISION)
     if HAS_BIAS:
         total += tl.load(bias + o, o < C, other=0.0).to(tl.float32)[:, None]
@@ -229,7 +232,7 @@ def forward(
     if save_for_backward:
         preactivation = _empty_branches(x, len(dilations) * group)
     x = pixels_in_sequence(x)
-    configuration = configured(FORWARD, x, channels=channels, pixels=height * width)
+    configuration = configured(FORWARD, x, channels=channels, group=group, pixels=height * width)
     launch(
         _forward_kernel,
         (batch * blocks(height * width, configuration.blocks["PIXELS"]),),
@@ -395,7 +398,7 @@ def _branch_backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_x + to, grad.to(grad_x.dtype.element_ty), (g < G)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _branch_weight_kernel(  # type: ignore[no-untyped-def]
     grad_pre,  # (B,n*G,N)
     x,  # (B,C,N)
@@ -459,7 +462,7 @@ def _branch_weight_kernel(  # type: ignore[no-untyped-def]
         tl.store(partial + to, tl.sum(total, 1), g < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _point_weight_kernel(  # type: ignore[no-untyped-def]
     grad_out,  # (B,C,N)
     x,  # (B,C,N): of which the first group
@@ -548,7 +551,7 @@ def backward(
     grad_x, grad_pre = empty_like(x), _empty_branches(x, branches * group)
     x, grad_out, preactivation = map(pixels_in_sequence, (x, grad_out, preactivation))
     by_tap = _by_tap(w_branches)
-    key = {"channels": channels, "pixels": pixels}
+    key = {"channels": channels, "group": group, "pixels": pixels}
     common = {
         "PRECISION": precision(x.dtype),
         "GROUP": max(16, power_of_two(group)),
@@ -580,7 +583,7 @@ def backward(
     )  # fmt: skip
 
     configuration = configured(BRANCH_WEIGHT, x, **key)
-    parts = _parts(tiles(configuration), 9 * branches)
+    parts = parts_of_sum(tiles(configuration), 9 * branches)
     partial = by_tap.new_empty((parts, *by_tap.shape), dtype=torch.float32)
     launch(
         _branch_weight_kernel,
@@ -595,7 +598,7 @@ def backward(
 
     configuration = configured(POINT_WEIGHT, x, **key)
     rows = blocks(channels, configuration.blocks["OUT"])
-    parts = _parts(tiles(configuration), rows * (branches + 1))
+    parts = parts_of_sum(tiles(configuration), rows * (branches + 1))
     partial = w_point.new_empty((parts, channels, channels), dtype=torch.float32)
     partial_bias = w_point.new_empty((parts, channels), dtype=torch.float32)
     launch(
@@ -613,11 +616,6 @@ def backward(
     return grad_x, grads, partial.sum(0).to(x.dtype), grad_bias
 
 
-def _parts(tiles: int, programs_of_part: int) -> int:
-    """Into how many parts a sum over `tiles` blocks of pixels is cut."""
-    return min(tiles, blocks(_PARTS, programs_of_part))
-
-
 def exercise(empty: Callable[..., Tensor]) -> None:
     """Forward and backward at shapes that meet every rule of the tables, for the audit.
 
@@ -627,6 +625,7 @@ def exercise(empty: Callable[..., Tensor]) -> None:
         (64, 16, 128, "relu", False),
         (64, 1, 128, "silu", True),
         (256, 64, 32, "relu", False),
+        (256, 1, 32, "relu", False),
         (20, 5, 9, "identity", False),
     ):
         x, w_point = empty(8, channels, side, side), empty(channels, channels)

@@ -67,6 +67,14 @@ def run_length(samples: int, pixels: int, block: int) -> tuple[int, int]:
     return run, blocks(tiles, run)
 
 
+def parts_of_sum(tiles: int, programs: int) -> int:
+    """Into how many parts, of `programs` programs each, a sum over `tiles` blocks of pixels is cut.
+
+    As many programs as `run_length` aims at, also by the sizes alone.
+    """
+    return min(tiles, blocks(_PROGRAMS, programs))
+
+
 def within(configuration: Configuration, channels: int, *names: str) -> dict[str, int]:
     """Blocks of channels that are no larger than the channels."""
     padded = power_of_two(max(16, channels))

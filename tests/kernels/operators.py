@@ -278,16 +278,12 @@ MULTI_DILATION_CONV = Operator(
         True,
     ),
     interpreted=(
-        "dense-odd",
+        "dense-one-branch",
         "dense-empty-batch",
-        "dense-one-pixel",
-        "dense-wide-groups",
-        "dense-silu",
-        "depthwise-empty-batch",
+        "depthwise-silu",
         "depthwise-wide-groups",
-        "depthwise-five-branches",
-        "depthwise-identity",
         "dense-dilation-beyond-picture",
+        "dense-wide-groups",
     ),
 )
 
