@@ -109,7 +109,6 @@ register(
         "triton",
         "Triton kernels for NVIDIA GPUs",
         _triton_unavailable,
-        operators=("gate_statistics", "cross_mix_pixels", "cross_mix_channels", "external_memory"),
     )
 )
 # After Triton: no measurement on a card says yet that these are faster there (docs/cuda.md).
