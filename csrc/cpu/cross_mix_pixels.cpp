@@ -23,6 +23,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -194,15 +195,21 @@ int64_t padded(int64_t d) {
 
 // ------------------------------------------------------------------------------------------- forward
 //
-// A chunk is kQueries queries of one head, for both branches. Keys and values pass by in blocks of
+// A chunk is a run of queries of one head, for both branches. Keys and values pass by in blocks of
 // kKeys, each copied once into panels, gate included; against them kColumnBlock queries at a time make
 // kKeys × kColumnBlock scores, turn them into weights and add weights · values, all in the first-level
 // cache. The maximum may grow from block to block, so results so far are multiplied by
 // 2^(old - new maximum) (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135).
 
 constexpr int64_t kKeys = 64;
+// Chunks to aim for. A longer run copies keys and values less often, which counts where they do not
+// fit the second-level cache.
+constexpr int64_t kChunks = 64;
 template <class T>
-constexpr int64_t kQueries = 4 * kColumnBlock<T>;
+int64_t queries_of_chunk(int64_t N, int64_t heads) {
+  constexpr int64_t block = kColumnBlock<T>;
+  return std::clamp(round_up(ceil_div(N * heads, kChunks), block), 4 * block, 16 * block);
+}
 
 // Softmax so far, per query (lane).
 template <class T>
@@ -249,24 +256,24 @@ EAMNET_INLINE void weigh(T* s, int64_t stride, int64_t keys, T unit, const Softm
 template <class S, class T = Compute<S>>
 void forward(const CrossMixPixels& a) {
   const int64_t N = a.out.first.pixels, d = a.out.first.channels, wide = padded<T>(d);
-  const int64_t tiles = ceil_div(N, kQueries<T>);
-  const size_t bytes = Scratch::bytes<T>(d * kQueries<T>) + 2 * Scratch::bytes<T>(wide * kQueries<T>) +
-      4 * Scratch::bytes<T>(kQueries<T>) + Scratch::bytes<T>(d * kKeys) +
+  const int64_t run = queries_of_chunk<T>(N, a.out.first.batch * a.heads), tiles = ceil_div(N, run);
+  const size_t bytes = Scratch::bytes<T>(d * run) + 2 * Scratch::bytes<T>(wide * run) +
+      4 * Scratch::bytes<T>(run) + Scratch::bytes<T>(d * kKeys) +
       Scratch::bytes<T>(wide * kKeys) + Scratch::bytes<T>(kKeys) +
       Scratch::bytes<T>(kKeys * kColumnBlock<T>);
   const T unit = static_cast<T>(std::fabs(a.scale) * per_unit<T>);
   const T sign = a.scale < 0 ? T(-1) : T(1);
   parallel_for(a.out.first.batch * a.heads * tiles, bytes, [&](int64_t chunk, Scratch& scratch) {
     const int64_t b = chunk / (a.heads * tiles), h = chunk / tiles % a.heads;
-    const int64_t first = chunk % tiles * kQueries<T>;
-    const int64_t queries = std::min(kQueries<T>, N - first);
+    const int64_t first = chunk % tiles * run;
+    const int64_t queries = std::min(run, N - first);
     const int64_t lanes = round_up(queries, Vec<T>::width);
-    T* q = scratch.take<T>(d * kQueries<T>);        // d × queries
-    T* o = scratch.take<T>(wide * kQueries<T>);     // d × queries, this branch
-    T* total = scratch.take<T>(wide * kQueries<T>);
-    T* query_gate = scratch.take<T>(kQueries<T>);
+    T* q = scratch.take<T>(d * run);        // d × queries
+    T* o = scratch.take<T>(wide * run);     // d × queries, this branch
+    T* total = scratch.take<T>(wide * run);
+    T* query_gate = scratch.take<T>(run);
     const Softmax<T> softmax{
-        scratch.take<T>(kQueries<T>), scratch.take<T>(kQueries<T>), scratch.take<T>(kQueries<T>)};
+        scratch.take<T>(run), scratch.take<T>(run), scratch.take<T>(run)};
     T* k = scratch.take<T>(d * kKeys);     // d × keys
     T* v = scratch.take<T>(wide * kKeys);  // keys × d
     T* key_gate = scratch.take<T>(kKeys);
@@ -275,11 +282,11 @@ void forward(const CrossMixPixels& a) {
 
     for (int branch = 0; branch < 2; ++branch) {
       const FeatureMap keys = a.k[branch].at<S>(h), values = a.v[branch].at<S>(h);
-      load_panel<S>(a.q[branch].at<S>(h), b, first, queries, q, kQueries<T>);
-      scale_columns(q, kQueries<T>, d, lanes, [&](int64_t n) {
+      load_panel<S>(a.q[branch].at<S>(h), b, first, queries, q, run);
+      scale_columns(q, run, d, lanes, [&](int64_t n) {
         return branch == 0 ? Vec<T>::load(query_gate + n) * Vec<T>(sign) : Vec<T>(sign);
       });
-      std::fill_n(o, wide * kQueries<T>, T(0));
+      std::fill_n(o, wide * run, T(0));
       std::fill_n(softmax.sum, lanes, T(0));
       std::fill_n(softmax.maximum, lanes, -std::numeric_limits<T>::infinity());
 
@@ -294,13 +301,13 @@ void forward(const CrossMixPixels& a) {
         for (int64_t j = 0; j < lanes; j += kColumnBlock<T>) {
           const int64_t columns = std::min<int64_t>(kColumnBlock<T>, lanes - j);
           gemm<T>(
-              count, columns, d, PanelColumns<T>{k, kKeys}, Rows<T>{q + j, kQueries<T>},
+              count, columns, d, PanelColumns<T>{k, kKeys}, Rows<T>{q + j, run},
               store_to(s, kColumnBlock<T>));
           for (int64_t n = 0; n < columns; n += Vec<T>::width) {
             weigh(s + n, kColumnBlock<T>, count, unit, softmax, j + n);
           }
           const auto fade_and_add = [&](int64_t c, int64_t n, Vec<T> y, auto) __attribute__((always_inline)) {
-            T* p = o + c * kQueries<T> + j + n;
+            T* p = o + c * run + j + n;
             fma(Vec<T>::load(p), Vec<T>::load(softmax.fade + j + n), y).store(p);
           };
           gemm<T>(
@@ -308,18 +315,18 @@ void forward(const CrossMixPixels& a) {
         }
       }
 
-      scale_columns(o, kQueries<T>, d, lanes, [&](int64_t n) {
+      scale_columns(o, run, d, lanes, [&](int64_t n) {
         return Vec<T>(T(1)) / Vec<T>::load(softmax.sum + n);
       });
       if (branch == 0) {
-        std::copy_n(o, d * kQueries<T>, total);
+        std::copy_n(o, d * run, total);
       } else {
-        for (int64_t i = 0; i < d * kQueries<T>; i += Vec<T>::width) {
+        for (int64_t i = 0; i < d * run; i += Vec<T>::width) {
           (Vec<T>::load(total + i) + Vec<T>::load(o + i)).store(total + i);
         }
       }
       if (a.lse != nullptr) {
-        store_panel<S>(a.branches[branch].at<S>(h), b, first, queries, o, kQueries<T>);
+        store_panel<S>(a.branches[branch].at<S>(h), b, first, queries, o, run);
         T* lse = static_cast<T*>(a.lse) +
             ((branch * a.out.first.batch + b) * a.heads + h) * N + first;
         for (int64_t n = 0; n < queries; ++n) {
@@ -327,7 +334,7 @@ void forward(const CrossMixPixels& a) {
         }
       }
     }
-    store_panel<S>(a.out.at<S>(h), b, first, queries, total, kQueries<T>);
+    store_panel<S>(a.out.at<S>(h), b, first, queries, total, run);
   });
 }
 
@@ -336,10 +343,11 @@ void forward(const CrossMixPixels& a) {
 // With P the weights, dO the incoming gradient and Δ = rowsum(dO ⊙ O) of the branch:
 //   dV = Pᵀ dO,   dS = P ⊙ (dO Vᵀ - Δ),   dK = scale dSᵀ Q,   dQ = scale dS K.
 //
-// A task is one branch of one head and a run of its key blocks. It copies Q and dO once, then for each
-// block of keys goes over all blocks of queries: S and dO Vᵀ become P and dS as their products leave
-// the registers, gradients of K and V stay in the cache, that of Q is added to. All five products are
-// made once. The runs of key blocks each have their own dQ, which are added in order at the end: more
+// A task is one branch of one head and a run of its key blocks. It copies Q and dO once, then takes
+// every block of queries against every block of keys: S and dO Vᵀ become P and dS as their products
+// leave the registers, the gradients of Q, K and V are added to. All five products are made once.
+// kBlocksOfPass blocks of keys meet kRun queries at a time, so that what belongs to both, 320 + 160 KB
+// at d = 64, stays in the second-level cache. The runs of key blocks each have their own dQ, which are added in order at the end: more
 // tasks than heads for the threads, and the same bits for any number of them.
 // The gate's gradient is rowsum(dQ ⊙ Q + dK ⊙ K + dV ⊙ V) over all heads, with dQ, dK, dV those of the
 // gated tensors and Q, K, V without the gate.
@@ -347,6 +355,8 @@ void forward(const CrossMixPixels& a) {
 template <class T>
 constexpr int64_t kKeyBlock = 2 * kColumnBlock<T>;
 constexpr int64_t kQueryBlock = 64;
+constexpr int64_t kBlocksOfPass = 8;
+constexpr int64_t kRun = 2 * kQueryBlock;
 // Tasks to aim for, and the fewest keys that are worth a task.
 constexpr int64_t kTasks = 8;
 constexpr int64_t kKeysOfTask = 512;
@@ -481,85 +491,114 @@ struct Backward {
     return to;
   }
 
+  // A block of keys: K and V as d × keys, K as keys × d, gradients as d × keys.
+  struct Keys {
+    int64_t from, count;
+    T *k, *v, *k_rows, *grad_k, *grad_v, *gate;
+  };
+  static constexpr int64_t keys = kKeyBlock<T>;
+
+  Keys take_keys(Scratch& scratch) const {
+    return {0, 0, scratch.take<T>(d * keys), scratch.take<T>(d * keys), scratch.take<T>(keys * wide),
+            scratch.take<T>(wide * keys), scratch.take<T>(wide * keys), scratch.take<T>(keys)};
+  }
+
+  bool gated(int branch) const { return branch == 1 && a.gate != nullptr; }
+
+  void load_keys(int branch, int64_t b, int64_t h, int64_t block, Keys& to) const {
+    const FeatureMap k_map = a.k[branch].at<S>(h), v_map = a.v[branch].at<S>(h);
+    to.from = block * keys;
+    to.count = std::min(keys, N - to.from);
+    const T* gate = to.gate;
+    load_gate<S>(gated(branch) ? a.gate : nullptr, N, b, to.from, to.count, to.gate);
+    load_panel<S>(k_map, b, to.from, to.count, to.k, keys);
+    load_panel<S>(v_map, b, to.from, to.count, to.v, keys);
+    if (gated(branch)) {
+      for (T* panel : {to.k, to.v}) {
+        scale_columns(panel, keys, d, to.count, [&](int64_t n) { return Vec<T>::load(gate + n); });
+      }
+    }
+    load_rows<S>(k_map, b, to.from, to.count, to.k_rows, wide, [&](int64_t n) { return gate[n]; });
+    std::fill_n(to.grad_k, wide * keys, T(0));
+    std::fill_n(to.grad_v, wide * keys, T(0));
+  }
+
+  // One block of queries against one of keys. P and dS, queries × keys, are of this call.
+  void meet(
+      const Queries& queries, int64_t first, const Keys& of, T* grad_q, T* weights, T* grad_scores) const {
+    const int64_t rows = std::min(kQueryBlock, N - first), lanes = round_up(of.count, Vec<T>::width);
+    const T* lse = queries.lse + first;
+    const T* delta = queries.delta + first;
+    gemm<T>(
+        rows, lanes, d, PanelColumns<T>{queries.q_panels + first * d, kQueryBlock}, Rows<T>{of.k, keys},
+        [&](int64_t i, int64_t j, Vec<T> y, auto) __attribute__((always_inline)) {
+          power(fma(y, Vec<T>(unit), Vec<T>(-lse[i]))).store(weights + i * keys + j);
+        });
+    gemm<T>(
+        rows, lanes, d, PanelColumns<T>{queries.g_panels + first * d, kQueryBlock}, Rows<T>{of.v, keys},
+        [&](int64_t i, int64_t j, Vec<T> y, auto) __attribute__((always_inline)) {
+          const Vec<T> weight = Vec<T>::load(weights + i * keys + j);
+          (weight * (y - Vec<T>(delta[i]))).store(grad_scores + i * keys + j);
+        });
+    gemm<T>(
+        d, lanes, rows, PanelColumns<T>{queries.g_rows + first * wide, wide}, Rows<T>{weights, keys},
+        add_to(of.grad_v, keys));
+    gemm<T>(
+        d, lanes, rows, PanelColumns<T>{queries.q_rows + first * wide, wide}, Rows<T>{grad_scores, keys},
+        add_to(of.grad_k, keys));
+    add_product<T>(
+        rows, wide, of.count, grad_scores, keys, of.k_rows, wide, grad_q + first * wide, wide);
+  }
+
+  // dK and dV of the gated keys and values; the gate's factor follows.
+  void finish_keys(int branch, int64_t b, int64_t h, const Keys& of) {
+    const int64_t lanes = round_up(of.count, Vec<T>::width);
+    if (gated(branch)) {
+      load_panel<S>(a.k[branch].at<S>(h), b, of.from, of.count, of.k, keys);
+      load_panel<S>(a.v[branch].at<S>(h), b, of.from, of.count, of.v, keys);
+    }
+    const Vec<T> magnitude(std::fabs(scale));
+    for (int64_t n = 0; n < lanes; n += Vec<T>::width) {
+      const Vec<T> factor = Vec<T>::load(of.gate + n);
+      Vec<T> share(T(0));
+      for (int64_t c = 0; c < d; ++c) {
+        const Vec<T> of_k = Vec<T>::load(of.grad_k + c * keys + n) * magnitude;
+        const Vec<T> of_v = Vec<T>::load(of.grad_v + c * keys + n);
+        share = fma(of_k, Vec<T>::load(of.k + c * keys + n), share);
+        share = fma(of_v, Vec<T>::load(of.v + c * keys + n), share);
+        (of_k * factor).store(of.grad_k + c * keys + n);
+        (of_v * factor).store(of.grad_v + c * keys + n);
+      }
+      if (gated(branch)) {
+        share.store_partial(
+            grad_gate_at(1, b, h) + of.from + n, std::min<int64_t>(Vec<T>::width, of.count - n));
+      }
+    }
+    store_panel<S>(a.grad_k[branch].at<S>(h), b, of.from, of.count, of.grad_k, keys);
+    store_panel<S>(a.grad_v[branch].at<S>(h), b, of.from, of.count, of.grad_v, keys);
+  }
+
   void task(int branch, int64_t b, int64_t h, int64_t split, Scratch& scratch) {
     const Queries queries = load_queries(branch, b, h, scratch);
-    constexpr int64_t keys = kKeyBlock<T>;
-    T* k = scratch.take<T>(d * keys);        // d × keys
-    T* v = scratch.take<T>(d * keys);        // d × keys
-    T* k_rows = scratch.take<T>(keys * wide);  // keys × d
-    T* grad_k = scratch.take<T>(wide * keys);
-    T* grad_v = scratch.take<T>(wide * keys);
-    T* weights = scratch.take<T>((kQueryBlock + kSpareRows) * keys);      // queries × keys: P
-    T* grad_scores = scratch.take<T>((kQueryBlock + kSpareRows) * keys);  // queries × keys: dS
-    T* gate = scratch.take<T>(keys);
+    T* weights = scratch.take<T>((kQueryBlock + kSpareRows) * keys);
+    T* grad_scores = scratch.take<T>((kQueryBlock + kSpareRows) * keys);
     T* grad_q = grad_q_at(split, branch, b, h);
-    const FeatureMap k_map = a.k[branch].at<S>(h), v_map = a.v[branch].at<S>(h);
-    const bool gated = branch == 1 && a.gate != nullptr;
-
-    for (int64_t block = key_blocks * split / splits; block < key_blocks * (split + 1) / splits; ++block) {
-      const int64_t from = block * keys, count = std::min(keys, N - from);
-      const int64_t lanes = round_up(count, Vec<T>::width);
-      load_gate<S>(gated ? a.gate : nullptr, N, b, from, count, gate);
-      load_panel<S>(k_map, b, from, count, k, keys);
-      load_panel<S>(v_map, b, from, count, v, keys);
-      if (gated) {
-        for (T* panel : {k, v}) {
-          scale_columns(panel, keys, d, count, [&](int64_t n) { return Vec<T>::load(gate + n); });
+    Keys pass[kBlocksOfPass];
+    for (Keys& block : pass) block = take_keys(scratch);
+    const int64_t end = key_blocks * (split + 1) / splits;
+    for (int64_t block = key_blocks * split / splits; block < end; block += kBlocksOfPass) {
+      const std::span<Keys> blocks(pass, static_cast<size_t>(std::min(kBlocksOfPass, end - block)));
+      for (size_t i = 0; i < blocks.size(); ++i) {
+        load_keys(branch, b, h, block + static_cast<int64_t>(i), blocks[i]);
+      }
+      for (int64_t run = 0; run < N; run += kRun) {
+        for (const Keys& of : blocks) {
+          for (int64_t first = run; first < std::min(run + kRun, N); first += kQueryBlock) {
+            meet(queries, first, of, grad_q, weights, grad_scores);
+          }
         }
       }
-      load_rows<S>(k_map, b, from, count, k_rows, wide, [&](int64_t n) { return gate[n]; });
-      std::fill_n(grad_k, wide * keys, T(0));
-      std::fill_n(grad_v, wide * keys, T(0));
-
-      for (int64_t first = 0; first < N; first += kQueryBlock) {
-        const int64_t rows = std::min(kQueryBlock, N - first);
-        const T* lse = queries.lse + first;
-        const T* delta = queries.delta + first;
-        gemm<T>(
-            rows, lanes, d, PanelColumns<T>{queries.q_panels + first * d, kQueryBlock}, Rows<T>{k, keys},
-            [&](int64_t i, int64_t j, Vec<T> y, auto) __attribute__((always_inline)) {
-              power(fma(y, Vec<T>(unit), Vec<T>(-lse[i]))).store(weights + i * keys + j);
-            });
-        gemm<T>(
-            rows, lanes, d, PanelColumns<T>{queries.g_panels + first * d, kQueryBlock}, Rows<T>{v, keys},
-            [&](int64_t i, int64_t j, Vec<T> y, auto) __attribute__((always_inline)) {
-              const Vec<T> weight = Vec<T>::load(weights + i * keys + j);
-              (weight * (y - Vec<T>(delta[i]))).store(grad_scores + i * keys + j);
-            });
-        gemm<T>(
-            d, lanes, rows, PanelColumns<T>{queries.g_rows + first * wide, wide}, Rows<T>{weights, keys},
-            add_to(grad_v, keys));
-        gemm<T>(
-            d, lanes, rows, PanelColumns<T>{queries.q_rows + first * wide, wide},
-            Rows<T>{grad_scores, keys}, add_to(grad_k, keys));
-        add_product<T>(
-            rows, wide, count, grad_scores, keys, k_rows, wide, grad_q + first * wide, wide);
-      }
-
-      // dK and dV of the gated keys and values; the gate's factor follows.
-      if (gated) {
-        load_panel<S>(k_map, b, from, count, k, keys);
-        load_panel<S>(v_map, b, from, count, v, keys);
-      }
-      const Vec<T> magnitude(std::fabs(scale));
-      for (int64_t n = 0; n < lanes; n += Vec<T>::width) {
-        const Vec<T> factor = Vec<T>::load(gate + n);
-        Vec<T> share(T(0));
-        for (int64_t c = 0; c < d; ++c) {
-          const Vec<T> of_k = Vec<T>::load(grad_k + c * keys + n) * magnitude;
-          const Vec<T> of_v = Vec<T>::load(grad_v + c * keys + n);
-          share = fma(of_k, Vec<T>::load(k + c * keys + n), share);
-          share = fma(of_v, Vec<T>::load(v + c * keys + n), share);
-          (of_k * factor).store(grad_k + c * keys + n);
-          (of_v * factor).store(grad_v + c * keys + n);
-        }
-        if (gated) {
-          share.store_partial(
-              grad_gate_at(1, b, h) + from + n, std::min<int64_t>(Vec<T>::width, count - n));
-        }
-      }
-      store_panel<S>(a.grad_k[branch].at<S>(h), b, from, count, grad_k, keys);
-      store_panel<S>(a.grad_v[branch].at<S>(h), b, from, count, grad_v, keys);
+      for (const Keys& of : blocks) finish_keys(branch, b, h, of);
     }
   }
 
@@ -588,11 +627,11 @@ struct Backward {
   }
 
   size_t scratch_bytes() const {
-    constexpr int64_t keys = kKeyBlock<T>;
+    const size_t block = 2 * Scratch::bytes<T>(d * keys) + 3 * Scratch::bytes<T>(wide * keys) +
+        Scratch::bytes<T>(keys);
     return 2 * Scratch::bytes<T>(padded_queries * d) + 2 * Scratch::bytes<T>(padded_queries * wide) +
-        2 * Scratch::bytes<T>(padded_queries) + 2 * Scratch::bytes<T>(d * keys) +
-        3 * Scratch::bytes<T>(wide * keys) +
-        2 * Scratch::bytes<T>((kQueryBlock + kSpareRows) * keys) + Scratch::bytes<T>(keys);
+        2 * Scratch::bytes<T>(padded_queries) + kBlocksOfPass * block +
+        2 * Scratch::bytes<T>((kQueryBlock + kSpareRows) * keys);
   }
 
   // Runs work(branch, b, h, split, scratch) for every task, then adds up what tasks share.
