@@ -21,7 +21,8 @@ Environment
 - `CXX`: the C++ compiler (GCC 11, Clang 14 or later); else `c++`, `g++`, `clang++` from the path.
 - `CXXFLAGS`, `LDFLAGS`: appended to the flags below.
 - `MAX_JOBS`: compilations at once; else as many as processors and free memory allow.
-- `EAMNET_SANITIZE=address|undefined|thread`: an instrumented build; see `make sanitize`.
+- `EAMNET_SANITIZE=address|thread`: an instrumented build, the first with checks for undefined
+  behaviour as well; see `make sanitize`.
 - `SOURCE_DATE_EPOCH`: the date for `_C.json`, for reproducible builds.
 """
 
@@ -101,8 +102,7 @@ CUDA_LIBRARY, CUDA_FACTS = "_C_cuda.so", "_C_cuda.json"
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 LINK = ["-shared", "-Wl,--no-undefined", "-Wl,--as-needed", "-Wl,-z,relro", "-Wl,-z,now"]
 SANITIZERS = {
-    "address": ["-fsanitize=address"],
-    "undefined": ["-fsanitize=undefined", "-fno-sanitize-recover=all"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
 

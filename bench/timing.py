@@ -18,6 +18,7 @@ import torch
 
 MIN_SECONDS = 0.02  # of one measurement: short calls are repeated until they take that long
 INPUT_SETS = 3  # of one candidate: the rounds rotate through them, so no cache stays warm for one
+LONG = 1.0  # seconds of a call from which on one is enough to warm up
 WIDE_SPREAD = 0.3  # (p80 - p20) / median from which a row is marked as saying little
 
 Call = Callable[[int], object]
@@ -70,12 +71,13 @@ class Clock:
         self.call = call
         self.device = device
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        call(0)
-        synchronize(device)
-        start = time.perf_counter()
-        call(1)
-        synchronize(device)
-        once = time.perf_counter() - start
+        for index in range(2):
+            start = time.perf_counter()
+            call(index)
+            synchronize(device)
+            once = time.perf_counter() - start
+            if once > LONG:
+                break
         self.repetitions = max(1, round(MIN_SECONDS / max(once, 1e-7)))
         if device.type == "cuda":
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -130,8 +132,8 @@ def interleaved(
 ) -> dict[str, Times]:
     """Time every candidate once per round; stop early when `budget` seconds are used up.
 
-    Each is run twice before (compilation, allocation, choice of algorithms). At least three rounds
-    are made whatever the budget.
+    Each is run twice before (compilation, allocation, choice of algorithms), once if that takes
+    `LONG`. At least three rounds are made whatever the budget.
     """
     clocks = {name: Clock(call, device) for name, call in candidates.items()}
     order = list(clocks)
