@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench import results, summary
+from bench import results, summary, sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/benchmarks.md")
@@ -38,6 +38,8 @@ def table(path: Path) -> str:
     ]
     if path.stem == "network":
         lines.append(summary.network_markdown(content["rows"]))
+    elif path.stem == "sweeps":
+        lines.append(summary.sweeps_markdown(sweeps.fits(content["rows"])))
     else:
         lines.append(summary.markdown(summary.comparisons(content["rows"])))
     return "\n".join(lines)

@@ -128,3 +128,14 @@ def network_markdown(rows: list[Record]) -> str:
             f"{r['parameters'] / 1e6:.2f} | {macs} | {memory} |"
         )
     return "\n".join(lines)
+
+
+def sweeps_markdown(fits: list[Record]) -> str:
+    """The exponents of cost against size, beside those that the operation count expects."""
+    lines = ["| operator | against | expected | time | memory |", "| --- | --- | --- | --- | --- |"]
+    for f in fits:
+        memory = "–" if f["memory"] is None else f"{f['memory']:.2f}"
+        lines.append(
+            f"| `{f['subject']}` | {f['axis']} | {f['expected']} | {f['time']:.2f} | {memory} |"
+        )
+    return "\n".join(lines)

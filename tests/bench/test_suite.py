@@ -17,7 +17,7 @@ from bench.__main__ import main
 from bench.floor import Ceilings, count
 from bench.operators import measure
 from bench.subjects import SUBJECTS
-from bench.sweeps import exponent
+from bench.sweeps import exponent, fits
 from bench.timing import Times, interleaved, paired_ratio, peak_extra_bytes
 
 CPU = torch.device("cpu")
@@ -70,6 +70,15 @@ def test_floor_is_the_slower_of_bytes_and_operations() -> None:
 def test_exponent_of_a_power_law() -> None:
     values = [64.0, 128, 256, 512]
     assert exponent(values, [v**2 * 1e-6 for v in values]) == pytest.approx(2)
+
+
+def test_the_table_of_sweeps_has_the_fits() -> None:
+    rows = [
+        {"subject": "f", "axis": "side", "value": v, "median_ms": 1e-3 * v**2, "peak_extra_mb": v,
+         "expected_exponent": 2}
+        for v in (64, 128, 256)
+    ]  # fmt: skip
+    assert "| `f` | side | 2 | 2.00 | 1.00 |" in summary.sweeps_markdown(fits(rows))
 
 
 def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
