@@ -36,8 +36,8 @@ class Count:
 def measure(dtype: torch.dtype, device: torch.device, repetitions: int = 7) -> Ceilings:
     """Best of a few: a 256 MB copy, and a 2048 (CPU) or 8192 (GPU) cubed matrix product.
 
-    256 cubed where that is slow already: without bfloat16 in the processor 2048 cubed takes a
-    minute.
+    512 cubed where that takes 0.1 s already: without bfloat16 in the processor 2048 cubed takes
+    minutes.
     """
 
     def best(function: object, amount: float) -> float:
@@ -62,8 +62,8 @@ def measure(dtype: torch.dtype, device: torch.device, repetitions: int = 7) -> C
 
     if device.type == "cuda":
         return Ceilings(copy, product(8192))
-    small = product(256)
-    return Ceilings(copy, small if small < 4e9 else product(2048))
+    small = product(512)
+    return Ceilings(copy, small if small < 2.0 * 512**3 / 0.1 else product(2048))
 
 
 def count(operator: str, case: dict[str, object], mode: str, itemsize: int) -> Count:
