@@ -347,8 +347,9 @@ void forward(const CrossMixPixels& a) {
 // every block of queries against every block of keys: S and dO Vᵀ become P and dS as their products
 // leave the registers, the gradients of Q, K and V are added to. All five products are made once.
 // kBlocksOfPass blocks of keys meet kRun queries at a time, so that what belongs to both, 320 + 160 KB
-// at d = 64, stays in the second-level cache. The runs of key blocks each have their own dQ, which are added in order at the end: more
-// tasks than heads for the threads, and the same bits for any number of them.
+// at d = 64, stays in the second-level cache. The runs of key blocks each have their own dQ, which are
+// added in order at the end: more tasks than heads for the threads, and the same bits for any number
+// of them.
 // The gate's gradient is rowsum(dQ ⊙ Q + dK ⊙ K + dV ⊙ V) over all heads, with dQ, dK, dV those of the
 // gated tensors and Q, K, V without the gate.
 
@@ -503,17 +504,18 @@ struct Backward {
             scratch.take<T>(wide * keys), scratch.take<T>(wide * keys), scratch.take<T>(keys)};
   }
 
-  bool gated(int branch) const { return branch == 1 && a.gate != nullptr; }
+  // Not to be mistaken for the queries of the other branch, which are gated as well.
+  bool gates_keys(int branch) const { return branch == 1 && a.gate != nullptr; }
 
   void load_keys(int branch, int64_t b, int64_t h, int64_t block, Keys& to) const {
     const FeatureMap k_map = a.k[branch].at<S>(h), v_map = a.v[branch].at<S>(h);
     to.from = block * keys;
     to.count = std::min(keys, N - to.from);
     const T* gate = to.gate;
-    load_gate<S>(gated(branch) ? a.gate : nullptr, N, b, to.from, to.count, to.gate);
+    load_gate<S>(gates_keys(branch) ? a.gate : nullptr, N, b, to.from, to.count, to.gate);
     load_panel<S>(k_map, b, to.from, to.count, to.k, keys);
     load_panel<S>(v_map, b, to.from, to.count, to.v, keys);
-    if (gated(branch)) {
+    if (gates_keys(branch)) {
       for (T* panel : {to.k, to.v}) {
         scale_columns(panel, keys, d, to.count, [&](int64_t n) { return Vec<T>::load(gate + n); });
       }
@@ -553,7 +555,7 @@ struct Backward {
   // dK and dV of the gated keys and values; the gate's factor follows.
   void finish_keys(int branch, int64_t b, int64_t h, const Keys& of) {
     const int64_t lanes = round_up(of.count, Vec<T>::width);
-    if (gated(branch)) {
+    if (gates_keys(branch)) {
       load_panel<S>(a.k[branch].at<S>(h), b, of.from, of.count, of.k, keys);
       load_panel<S>(a.v[branch].at<S>(h), b, of.from, of.count, of.v, keys);
     }
@@ -569,7 +571,7 @@ struct Backward {
         (of_k * factor).store(of.grad_k + c * keys + n);
         (of_v * factor).store(of.grad_v + c * keys + n);
       }
-      if (gated(branch)) {
+      if (gates_keys(branch)) {
         share.store_partial(
             grad_gate_at(1, b, h) + of.from + n, std::min<int64_t>(Vec<T>::width, of.count - n));
       }
