@@ -13,13 +13,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bench import results, summary, sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/training.md")
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+_MARKDOWN: dict[str, Callable[[list[results.Record]], str]] = {
+    "operators": lambda rows: summary.markdown(summary.comparisons(rows)),
+    "network": summary.network_markdown,
+    "sweeps": lambda rows: summary.sweeps_markdown(sweeps.fits(rows)),
+    "freed_memory": summary.freed_memory_markdown,
+}
+"""The table of a result file by its name."""
 
 
 def table(path: Path) -> str:
@@ -36,12 +45,7 @@ def table(path: Path) -> str:
         + ".",
         "",
     ]
-    if path.stem == "network":
-        lines.append(summary.network_markdown(content["rows"]))
-    elif path.stem == "sweeps":
-        lines.append(summary.sweeps_markdown(sweeps.fits(content["rows"])))
-    else:
-        lines.append(summary.markdown(summary.comparisons(content["rows"])))
+    lines.append(_MARKDOWN[path.stem](content["rows"]))
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import compare, readme, results, summary
+from bench import compare, freed_memory, readme, results, summary
 from bench.__main__ import main
 from bench.floor import Ceilings, count
 from bench.operators import measure
@@ -170,6 +171,23 @@ def test_a_table_is_renewed_between_its_marks(quick: Path, monkeypatch: pytest.M
     assert page.startswith(f"before\n{mark}\n")
     assert page.endswith("<!-- end -->\nafter")
     assert readme.renewed(page) == page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_measured_in_processes_of_both_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not handed on: where it is set, no process can keep freed memory.
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    small = ["--side", "32", "--batch", "2", "--steps", "1", "--rounds", "1"]
+    assert freed_memory.main([*small, "--output", str(tmp_path)]) == 0
+    rows = results.read(tmp_path / "freed_memory.json")["rows"]
+    assert [(r["freed_memory"], r["times_kept"] == 1) for r in rows] == [
+        ("kept", True),
+        ("returned", False),
+    ]
+    lines = readme.table(tmp_path / "freed_memory.json").splitlines()
+    assert lines[-1].startswith("| returned | 32², 2 |")
 
 
 @pytest.mark.parametrize("name", ["CMAM", "EAB", "MRCF"])
