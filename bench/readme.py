@@ -27,6 +27,7 @@ _MARKDOWN: dict[str, Callable[[list[results.Record]], str]] = {
     "network": summary.network_markdown,
     "sweeps": lambda rows: summary.sweeps_markdown(sweeps.fits(rows)),
     "freed_memory": summary.freed_memory_markdown,
+    "precision": summary.precision_markdown,
 }
 """The table of a result file by its name."""
 

@@ -155,3 +155,22 @@ def freed_memory_markdown(rows: list[Record]) -> str:
             f"{r['peak_mb']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def precision_markdown(rows: list[Record]) -> str:
+    """Mean Dice per picture of a network in several precisions, and the paired change."""
+    lines = [
+        "| network | pictures | mean Dice [95 %] | change [95 %] | largest change of a picture |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        change = (
+            "–"
+            if r["change"] is None
+            else f"{r['change']:+.5f} [{r['change_low']:+.5f}, {r['change_high']:+.5f}]"
+        )
+        lines.append(
+            f"| {r['network']} | {r['pictures']} | {r['dice']:.4f} "
+            f"[{r['dice_low']:.4f}, {r['dice_high']:.4f}] | {change} | {r['largest_change']:.4f} |"
+        )
+    return "\n".join(lines)

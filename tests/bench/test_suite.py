@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import compare, freed_memory, readme, results, summary
+from bench import compare, freed_memory, precision, readme, results, summary
 from bench.__main__ import main
 from bench.floor import Ceilings, count
 from bench.operators import measure
 from bench.subjects import SUBJECTS
 from bench.sweeps import exponent, fits
 from bench.timing import Times, interleaved, paired_ratio, peak_extra_bytes
+from eamnet.data import SegmentationData, Split
 
 CPU = torch.device("cpu")
 
@@ -188,6 +191,31 @@ def test_freed_memory_is_measured_in_processes_of_both_kinds(
     ]
     lines = readme.table(tmp_path / "freed_memory.json").splitlines()
     assert lines[-1].startswith("| returned | 32², 2 |")
+
+
+def test_precisions_are_compared_on_real_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    pictures = Path(os.environ.get("EAMNET_DATA") or beside) / "isic2017"
+    if not pictures.is_dir():
+        pytest.skip(f"needs the pictures of ISIC 2017 in {pictures} (see EAMNET_DATA)")
+    whole = SegmentationData.index
+
+    def two(data: SegmentationData) -> Split:
+        data.split = replace(whole(data), test=whole(data).test[:2])
+        return data.split
+
+    monkeypatch.setattr(SegmentationData, "index", two)
+    assert precision.main([str(pictures), "--output", str(tmp_path)]) == 0
+    rows = {r["network"]: r for r in results.read(tmp_path / "precision.json")["rows"]}
+    trained = rows.pop(precision.BASE)
+    assert trained["pictures"] == 2
+    assert trained["dice"] > 0.9
+    assert trained["largest_change"] == 0
+    assert rows["float32, folded"]["largest_change"] < 1e-3
+    assert 0 < rows["bfloat16, folded"]["largest_change"] < 0.02
+    assert "| bfloat16, folded | 2 | 0.9" in readme.table(tmp_path / "precision.json")
 
 
 @pytest.mark.parametrize("name", ["CMAM", "EAB", "MRCF"])
