@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="isic2017", help="file, or bundled weights")
     parser.add_argument("--output", type=Path, help="folder of precision.json and .csv")
     options = parser.parse_args(arguments)
+    facts = results.environment(torch.device("cpu"))  # before the source can change
     data = SegmentationData("isic2017", root=options.root, protocol="validation-as-test")
     scores = dice(data, predictors(options.checkpoint))
     tables = {name: np.array([values]) for name, values in scores.items()}
@@ -80,7 +81,6 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(rows[-1], flush=True)
     if options.output:
-        facts = results.environment(torch.device("cpu"))
         content = {"environment": facts, "split": data.split_hash, "rows": rows}
         for path in results.write(options.output, "precision", content):
             print(f"wrote {path}")
