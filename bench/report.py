@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.results import Record
 from bench.summary import Comparison, comparisons, means
 from bench.sweeps import fits
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;
+body{font:15px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem;
 color:#1a1a1a;
 background:#fff}h1,h2{line-height:1.2}table{border-collapse:collapse;margin:1rem 0;display:block;
 overflow-x:auto}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;
@@ -47,6 +49,9 @@ def _speedups(found: list[Comparison], path: Path) -> str:
         axes.plot(c.speedup, row, "o", color="#E69F00", markersize=4)
     axes.axvline(1, color="#444", linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_yaxis()
     axes.set_xlabel("times as fast as the best rival (bar: geometric mean; dots: cases)")
     return _png(figure, path)
@@ -124,6 +129,21 @@ def write(folder: Path, operators: Any, network: Any, sweeps: Any) -> Path:
         picture = _speedups(found, folder / "speedups.png")
         parts.append("<h2>Operators</h2>")
         parts.append(f'<img alt="speed-ups over the best rival" src="{picture}">')
+        parts.append("<h3>Case by case, what <code>auto</code> takes against the best rival</h3>")
+        columns = {
+            "subject": "operator",
+            "case": "case",
+            "mode": "mode",
+            "dtype": "dtype",
+            "speedup": "times as fast",
+            "ours_ms": "ours, ms",
+            "chosen_backend": "by",
+            "best_ms": "best rival, ms",
+            "best": "which",
+            "percent_of_floor": "% of floor",
+        }
+        cases = [{**asdict(c), "speedup": c.speedup} for c in found]
+        parts.append(_table(cases, columns, lambda c: "lose" if c["speedup"] < 1 else ""))
         parts.append(
             "<p>Ceilings: "
             + "; ".join(
@@ -132,20 +152,26 @@ def write(folder: Path, operators: Any, network: Any, sweeps: Any) -> Path:
             )
             + "</p>"
         )
+        parts.append(
+            "<h3>All that were timed</h3><p>Bold: backends of the library. Shaded: rivals that "
+            "were faster than what <code>auto</code> takes in their layout, and, darker, results "
+            "with more than the allowed error; a backend of ours has no time then, a rival "
+            "has.</p>"
+        )
         columns = {
             "subject": "operator",
             "case": "case",
             "mode": "mode",
             "dtype": "dtype",
             "candidate": "candidate",
-            "chosen": "auto",
             "median_ms": "median ms",
-            "p20_ms": "p20",
-            "p80_ms": "p80",
             "speedup": "times auto's time",
             "speedup_low": "low",
             "speedup_high": "high",
             "percent_of_floor": "% of floor",
+            "chosen": "auto",
+            "p20_ms": "p20",
+            "p80_ms": "p80",
             "floor_ms": "floor ms",
             "bytes": "bytes",
             "flop": "flop",

@@ -1,6 +1,6 @@
 """Timing that survives a noisy machine: interleaved rounds, paired ratios, bootstrap intervals.
 
-All candidates of a comparison run in turn in every round, in an order that rotates, on inputs that
+All candidates of a comparison run in turn in every round, in an order drawn anew, on inputs that
 change from round to round. What is compared is the ratio of two candidates within a round, so a
 machine whose speed drifts changes both; the median over rounds and its bootstrap interval are kept.
 """
@@ -133,17 +133,19 @@ def interleaved(
     """Time every candidate once per round; stop early when `budget` seconds are used up.
 
     Each is run twice before (compilation, allocation, choice of algorithms), once if that takes
-    `LONG`. At least three rounds are made whatever the budget.
+    `LONG`. At least three rounds are made whatever the budget. The order within a round is drawn
+    anew: what runs before leaves a cache and a memory behind, and must not be the same every time.
     """
     clocks = {name: Clock(call, device) for name, call in candidates.items()}
     order = list(clocks)
     seconds: dict[str, list[float]] = {name: [] for name in order}
+    draw = np.random.default_rng(0)
     deadline = time.perf_counter() + budget
     gc.collect()
     gc.disable()
     try:
         for index in range(rounds):
-            for name in order[index % len(order) :] + order[: index % len(order)]:
+            for name in draw.permutation(order).tolist():
                 seconds[name].append(clocks[name].seconds(index))
             if index >= 2 and time.perf_counter() > deadline:
                 break

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,12 +22,14 @@ from bench import compare, freed_memory, precision, readme, results, summary
 from bench.__main__ import main
 from bench.floor import Ceilings, count
 from bench.operators import measure
+from bench.results import Record
 from bench.subjects import SUBJECTS
 from bench.sweeps import exponent, fits
 from bench.timing import Times, interleaved, paired_ratio, peak_extra_bytes
 from eamnet.data import SegmentationData, Split
 
 CPU = torch.device("cpu")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def test_ratios_are_paired_by_round() -> None:
@@ -44,9 +49,12 @@ def test_every_candidate_runs_in_every_round() -> None:
 
         return run
 
-    times = interleaved({"a": call("a"), "b": call("b")}, 4, CPU, 60)
-    assert [len(t.seconds) for t in times.values()] == [4, 4]
-    assert calls[4:] == list("abbaabba")  # after two warm-up runs each; the order rotates
+    times = interleaved({name: call(name) for name in "abc"}, 4, CPU, 60)
+    assert [len(t.seconds) for t in times.values()] == [4, 4, 4]
+    timed = calls[6:]  # after two warm-up runs each
+    rounds = ["".join(timed[i : i + 3]) for i in range(0, len(timed), 3)]
+    assert [sorted(r) for r in rounds] == [list("abc")] * 4
+    assert len(set(rounds)) > 1  # not always the same before it
 
 
 def test_budget_stops_after_three_rounds() -> None:
@@ -106,6 +114,27 @@ def test_a_wrong_backend_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is wrong" in summary.failures(as_rows, summary.comparisons(as_rows))[0]
 
 
+def test_auto_must_not_be_slower() -> None:
+    def row(candidate: str, ms: float, high: float | None = None, noisy: bool = False) -> Record:
+        ours = high is None
+        return {
+            "subject": "f", "case": "1", "mode": "forward", "dtype": "float32", "ours": ours,
+            "candidate": candidate, "chosen": ours, "correct": True, "error": 0.5, "noisy": noisy,
+            "median_ms": ms, "percent_of_floor": None, "speedup_high": high,
+        }  # fmt: skip
+
+    def problems(*rows: Record) -> list[str]:
+        return summary.failures(list(rows), summary.comparisons(list(rows)))
+
+    ours = row("cpu", 10)
+    (problem,) = problems(ours, row("plain", 9, high=0.95))
+    assert "what auto takes (cpu) is slower than plain (10 ms against 9 ms)" in problem
+    assert not problems(ours, row("plain", 9, high=1.1))
+    assert not problems(ours, row("plain", 9.8, high=0.99))
+    assert not problems(ours, row("plain", 9, high=0.95, noisy=True))
+    assert not problems(ours, row("cpu, channels-last", 8), row("plain", 9, high=0.95))
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
@@ -132,6 +161,29 @@ def test_result_files_and_page(quick: Path) -> None:
     Sources().feed((quick / "report.html").read_text())
     assert found
     assert all(source.startswith("data:image/png") for source in found)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+def test_the_page_in_a_browser(quick: Path, tmp_path: Path) -> None:
+    """It is laid out without an error, shows its plot, and asks for nothing that is not in it."""
+    page = tmp_path / "page.html"
+    seen = """<script>addEventListener('load', () => { document.title = JSON.stringify({
+      pictures: [...document.images].map(i => i.naturalWidth),
+      wide: document.documentElement.scrollWidth > innerWidth,
+      asked: performance.getEntriesByType('resource').map(e => e.name.slice(0, 5)),
+      rows: document.querySelectorAll('tbody tr').length}) })</script>"""
+    page.write_text((quick / "report.html").read_text().replace("<style>", f"{seen}<style>", 1))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,800"]
+    command += [f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--dump-dom"]
+    run = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "CONSOLE" not in run.stderr
+    found = json.loads(html.unescape(run.stdout.split("<title>")[1].split("</title>")[0]))
+    assert found["pictures"]
+    assert min(found["pictures"]) > 300
+    assert not found["wide"]  # wide tables scroll by themselves
+    assert set(found["asked"]) <= {"data:"}
+    assert found["rows"] > len(results.read(quick / "operators.json")["rows"])
 
 
 def test_compare_finds_what_became_slower(quick: Path, tmp_path: Path) -> None:
