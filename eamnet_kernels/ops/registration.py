@@ -150,7 +150,7 @@ def _make_functions(
             structure = ctx.structure
             if structure is not None:
                 nested = tree_unflatten(grads, structure.outputs)
-                grads = nested if isinstance(nested, (tuple, list)) else (nested,)
+                grads = tuple(nested) if isinstance(nested, (tuple, list)) else (nested,)
             derivatives = derivative(ctx, *grads)
             if not isinstance(derivatives, tuple):
                 derivatives = (derivatives,)
