@@ -8,7 +8,9 @@ each pass that the algebra cannot avoid; operations are those of the folded alge
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,13 +42,13 @@ def measure(dtype: torch.dtype, device: torch.device, repetitions: int = 7) -> C
     minutes.
     """
 
-    def best(function: object, amount: float) -> float:
+    def best(function: Callable[[], object], amount: float) -> float:
         times = []
         for _ in range(repetitions):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             start = time.perf_counter()
-            function()  # type: ignore[operator]
+            function()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
@@ -66,7 +68,7 @@ def measure(dtype: torch.dtype, device: torch.device, repetitions: int = 7) -> C
     return Ceilings(copy, small if small < 2.0 * 512**3 / 0.1 else product(2048))
 
 
-def count(operator: str, case: dict[str, object], mode: str, itemsize: int) -> Count:
+def count(operator: str, case: dict[str, Any], mode: str, itemsize: int) -> Count:
     """The count of one operator call. `mode`: "forward", or "both" for forward and backward."""
     forward, backward = _COUNTS[operator](case)
     bytes_, flop = (
@@ -81,26 +83,26 @@ Pair = tuple[tuple[float, float], tuple[float, float]]
 """((elements, flop) of the forward, (elements, flop) of the backward)."""
 
 
-def _map(case: dict[str, object]) -> tuple[int, int, int]:
-    batch, channels, height, width = case["shape"]  # type: ignore[misc]
+def _map(case: dict[str, Any]) -> tuple[int, int, int]:
+    batch, channels, height, width = case["shape"]
     return batch, channels, height * width
 
 
-def _gate_statistics(case: dict[str, object]) -> Pair:
+def _gate_statistics(case: dict[str, Any]) -> Pair:
     b, c, n = _map(case)
     # Forward: two sums and two comparisons per element. Backward: x is not read.
     return (b * c * n + 2 * b * n, 4.0 * b * c * n), (b * c * n + 2 * b * n, 2.0 * b * c * n)
 
 
-def _cross_mix_pixels(case: dict[str, object]) -> Pair:
-    b, h, n, d = case["tokens"]  # type: ignore[misc]
+def _cross_mix_pixels(case: dict[str, Any]) -> Pair:
+    b, h, n, d = case["tokens"]
     tokens = b * h * n * d
     product = 2.0 * b * h * n * n * d
     # Two attentions of two products; backward: the scores again and four products each.
     return (7 * tokens, 4 * product), (6 * tokens + 3 * tokens + 6 * tokens, 10 * product)
 
 
-def _cross_mix_channels(case: dict[str, object]) -> Pair:
+def _cross_mix_channels(case: dict[str, Any]) -> Pair:
     b, c, n = _map(case)
     # Forward: three symmetric Gram matrices, two products to apply. X is read once more to apply,
     # since the matrices depend on all of it.
@@ -109,20 +111,20 @@ def _cross_mix_channels(case: dict[str, object]) -> Pair:
     return forward, (5.0 * b * c * n, b * n * (4.0 * c * c + 10.0 * c * c))
 
 
-def _external_memory(case: dict[str, object]) -> Pair:
+def _external_memory(case: dict[str, Any]) -> Pair:
     b, c, n = _map(case)
     s = case.get("slots", 64)
-    product = 2.0 * b * c * s * n  # type: ignore[operator]
+    product = 2.0 * b * c * s * n
     # Forward: logits, features, output (from attention, or from the kept half of the features where
     # that is less).
-    forward = (2.0 * b * c * n, 2 * product + product * min(1.0, c / (2.0 * s)))  # type: ignore[operator]
+    forward = (2.0 * b * c * n, 2 * product + product * min(1.0, c / (2.0 * s)))
     # Backward: logits, dA, its outer product for dW, dK, dX; dX depends on sums over all pixels.
     return forward, (5.0 * b * c * n, 5 * product)
 
 
-def _multi_dilation_conv(case: dict[str, object]) -> Pair:
+def _multi_dilation_conv(case: dict[str, Any]) -> Pair:
     b, c, n = _map(case)
-    branches = len(case.get("dilations", (3, 5, 7)))  # type: ignore[arg-type]
+    branches = len(case.get("dilations", (3, 5, 7)))
     group = c // (branches + 1)
     inner = 1 if case.get("depthwise") else group
     flop = b * n * (2.0 * c * c + 18.0 * branches * group * inner)

@@ -27,7 +27,8 @@ def rivals() -> dict[str, Callable[[], nn.Module]]:
         found["U-Net, ResNet-34 (smp)"] = lambda: smp.Unet("resnet34", encoder_weights=None)
         found["U-Net, MobileNetV2 (smp)"] = lambda: smp.Unet("mobilenet_v2", encoder_weights=None)
     with contextlib.suppress(ImportError):
-        from monai.networks.nets import AttentionUnet, BasicUNet
+        from monai.networks.nets.attentionunet import AttentionUnet
+        from monai.networks.nets.basic_unet import BasicUNet
 
         found["BasicUNet (MONAI)"] = lambda: BasicUNet(2, 3, 1)
         found["AttentionUnet (MONAI)"] = lambda: AttentionUnet(

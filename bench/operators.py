@@ -227,7 +227,7 @@ def measure(
         everyone = [c for c in everyone if c.backend in (None, backend)]
     errors = {}
     endless = set()  # a backend that is not chosen and would use up the time of all
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     for candidate in everyone:
         torch.use_deterministic_algorithms(candidate.backend is not None)  # poisons torch.empty
         start = time.perf_counter()

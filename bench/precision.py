@@ -17,13 +17,13 @@ import torch
 
 from bench import results
 from eamnet.data import SegmentationData
-from eamnet.inference import Predictor
+from eamnet.inference import Precision, Predictor
 from eamnet.metrics import image_metrics
 from eamnet.model import EAMNet
 from eamnet.statistics import contrast
 
 BASE = "float32, not folded"
-FOLDED = ("float32", "bfloat16")
+FOLDED: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
 def predictors(checkpoint: str) -> dict[str, Predictor]:

@@ -241,7 +241,7 @@ def pixels_truth(i: Inputs, _: Case) -> Tensor:
         tokens = [i[name].flatten(0, 1) for name in names]
         heads = zip(*tokens, strict=True)
         rows = [checkpoint(head, *group, use_reentrant=False) for group in heads]
-        return torch.stack(rows).view(i["q_s"].shape)  # type: ignore[arg-type]
+        return torch.stack(rows).view(i["q_s"].shape)
 
     return branch("q_s", "k_c", "v_c") + branch("q_c", "k_s", "v_s")
 
@@ -277,8 +277,17 @@ def direct_definitions() -> Iterator[None]:
     def gates(x: Tensor) -> GateStatistics:
         return GateStatistics(*gate_statistics_plain({"x": x}, {}))
 
-    def pixels(*tokens: Tensor) -> Tensor:
-        return reference_pixels.direct(*tokens, tokens[0].shape[3] ** -0.5)  # type: ignore[call-arg]
+    def pixels(
+        q_s: Tensor,
+        k_s: Tensor,
+        v_s: Tensor,
+        q_c: Tensor,
+        k_c: Tensor,
+        v_c: Tensor,
+        spatial_gate: Tensor | None = None,
+    ) -> Tensor:
+        scale = q_s.shape[3] ** -0.5
+        return reference_pixels.direct(q_s, k_s, v_s, q_c, k_c, v_c, spatial_gate, scale)
 
     def conv(
         x: Tensor,

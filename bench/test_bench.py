@@ -34,6 +34,7 @@ def test_operator(
     tensors = [t for v in inputs.values() for t in (v if isinstance(v, list) else [v])]
     for tensor in tensors:
         tensor.requires_grad_(mode == "both")
+    assert subject.operator is not None
     if backend != "plain":
         reason = backends.explain(subject.operator, *subject.raw(inputs, case)).reasons[backend]
         if reason is not None and not reason.startswith("can run"):
