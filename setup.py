@@ -105,6 +105,9 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
+# -O2 takes the compiler 2.5 times as long. At -O1 alone GCC makes no fused multiply-add: the tests
+# of accuracy would see another arithmetic than the one that ships.
+SANITIZED = ["-fno-omit-frame-pointer", "-O1", "-fexpensive-optimizations"]
 
 
 def fail(what: str, remedy: str) -> NoReturn:
@@ -429,7 +432,7 @@ class BuildNative(build_ext):
         if sanitizer and sanitizer not in SANITIZERS:
             accepted = ", ".join(SANITIZERS)
             raise SystemExit(f"EAMNET_SANITIZE is '{sanitizer}'; accepted are: {accepted}")
-        extra = [*SANITIZERS[sanitizer], "-fno-omit-frame-pointer", "-O1"] if sanitizer else []
+        extra = [*SANITIZERS[sanitizer], *SANITIZED] if sanitizer else []
         cxx, cxx_version = compiler()
         torch, torch_version = torch_install()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from eamnet_kernels import native
 from eamnet_kernels.cpu import cross_mix_pixels as cpu
 from eamnet_kernels.reference import cross_mix_pixels as reference
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not native.load(), reason="the compiled library is not built")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -158,7 +156,6 @@ _AT_LEVEL = """if True:
 def test_forced_level(level: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _AT_LEVEL],
-        cwd=ROOT,
         env=os.environ | {"EAMNET_CPU_LEVEL": level},
         capture_output=True,
         text=True,
@@ -190,7 +187,7 @@ _MEMORY = """if True:
 
 def test_memory_is_linear_in_the_tokens() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _MEMORY], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True
     )
     values = 12000 * 8 * 4  # bytes of one of the tensors; N x N scores would be 576 MB
     assert int(done.stdout) < 100 * values
