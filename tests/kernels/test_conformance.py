@@ -5,9 +5,10 @@ kernel does not write fails the comparison.
 
 The bound on errors is relative to what plain PyTorch does: against the definition in float64, the
 largest error is at most 2 times (gradients: 3 times) that of the definition in the same dtype, plus
-one rounding of the largest value (of any gradient, for one that cancels to nothing). In float64,
-where the definition is itself the truth, the bound is the textbook one for a sum of n terms, n
-roundings of the largest value.
+one rounding of the largest value (of any gradient, for one that cancels to nothing). The largest of
+a few errors is now and then small by luck: for a gradient of few elements plain PyTorch's is taken
+over several incoming gradients. In float64, where the definition is itself the truth, the bound is
+the textbook one for a sum of n terms, n roundings of the largest value.
 
 EAMNET_TEST_DEVICE=cuda puts the tensors on a GPU. With TRITON_INTERPRET=1 fewer cases run
 (`operators.py`), and what does not depend on the dtype runs in one.
@@ -107,12 +108,13 @@ def evaluate(
     inputs: Inputs,
     case: dict[str, Any],
     grads: list[Tensor] | None = None,
+    seed: int = 1,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Tensor]]:
     """Values, gradients of all inputs, and the incoming gradients (drawn where not given)."""
     inputs = mapped(inputs, lambda t: t.detach().requires_grad_())
     out = outputs(function(inputs, case))
     if grads is None:
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in out]
         grads = [g.to(o) for g, o in zip(grads, out, strict=True)]
     got = torch.autograd.grad(
@@ -125,6 +127,20 @@ def worst(a: Tensor, truth: Tensor) -> float:
     return (a.double() - truth).abs().max().item() if truth.numel() else 0.0
 
 
+def plain_error(
+    operator: Operator, inputs: Inputs, doubled: Inputs, case: dict[str, Any], index: int
+) -> float:
+    """Plain PyTorch's largest error in 32 elements or more of gradient `index`: as many incoming
+    gradients as that takes."""
+    errors, elements = [0.0], 0
+    while elements < 32:
+        _, plain, incoming = evaluate(operator.direct, inputs, case, seed=len(errors) + 1)
+        true = evaluate(operator.direct, doubled, case, incoming)[1][index]
+        errors.append(worst(plain[index], true))
+        elements += true.numel()
+    return max(errors)
+
+
 def check(
     operator: Operator, inputs: Inputs, case: dict[str, Any], dtype: torch.dtype, factor: float = 1
 ) -> None:
@@ -135,9 +151,10 @@ def check(
     largest = (
         max(t.abs().max().item() for t in true_grads if t.numel()) if incoming[0].numel() else 0
     )
-    for kind, times, got, plain, true in (
-        *zip("v" * len(values), [2] * len(values), values, plain_values, true_values, strict=True),
-        *zip("g" * len(grads), [3] * len(grads), grads, plain_grads, true_grads, strict=True),
+    n, m = len(values), len(grads)
+    for kind, times, index, got, plain, true in (
+        *zip("v" * n, [2] * n, range(n), values, plain_values, true_values, strict=True),
+        *zip("g" * m, [3] * m, range(m), grads, plain_grads, true_grads, strict=True),
     ):
         assert got.dtype == plain.dtype
         assert got.shape == true.shape
@@ -151,6 +168,8 @@ def check(
                 bound = torch.finfo(dtype).eps ** 0.5 * max(scale, largest)
         else:
             bound = times * worst(plain, true) + rounding
+            if kind == "g" and 0 < true.numel() < 32 and worst(got, true) > factor * bound:
+                bound = times * plain_error(operator, inputs, doubled, case, index) + rounding
         assert worst(got, true) <= factor * bound, f"{kind}: {worst(got, true)} > {bound}"
 
 
