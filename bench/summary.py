@@ -147,15 +147,15 @@ def sweeps_markdown(fits: list[Record]) -> str:
 def freed_memory_markdown(rows: list[Record]) -> str:
     """Training steps with freed memory kept by the process and returned to the system."""
     lines = [
-        "| freed memory | size, batch | median step, ms | times that with it kept [95 %] "
-        "| peak of the process, MB |",
-        "| --- | --- | --- | --- | --- |",
+        "| network | size, batch | freed memory | median step, ms | times the first's [lowest, "
+        "highest] | peak of the process, MB |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
         lines.append(
-            f"| {r['freed_memory']} | {r['size']}², {r['batch']} | {r['median_ms']:.0f} | "
-            f"{r['times_kept']:.2f} [{r['times_kept_low']:.2f}, {r['times_kept_high']:.2f}] | "
-            f"{r['peak_mb']:.0f} |"
+            f"| {r['network']} | {r['size']}², {r['batch']} | {r['freed_memory']} | "
+            f"{r['median_ms']:.0f} | {r['times_first']:.2f} "
+            f"[{r['times_first_low']:.2f}, {r['times_first_high']:.2f}] | {r['peak_mb']:.0f} |"
         )
     return "\n".join(lines)
 

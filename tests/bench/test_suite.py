@@ -237,12 +237,15 @@ def test_freed_memory_is_measured_in_processes_of_both_kinds(
     small = ["--side", "32", "--batch", "2", "--steps", "1", "--rounds", "1"]
     assert freed_memory.main([*small, "--output", str(tmp_path)]) == 0
     rows = results.read(tmp_path / "freed_memory.json")["rows"]
-    assert [(r["freed_memory"], r["times_kept"] == 1) for r in rows] == [
-        ("kept", True),
-        ("returned", False),
+    assert [(r["network"], r["freed_memory"]) for r in rows] == [
+        ("EAM-Net", "kept"),
+        ("EAM-Net", "returned"),
+        ("EAM-Net, plain", "kept"),
+        ("EAM-Net, plain", "returned"),
     ]
+    assert [r["times_first"] == 1 for r in rows] == [True, False, False, False]
     lines = readme.table(tmp_path / "freed_memory.json").splitlines()
-    assert lines[-1].startswith("| returned | 32², 2 |")
+    assert lines[-1].startswith("| EAM-Net, plain | 32², 2 | returned |")
 
 
 def test_precisions_are_compared_on_real_pictures(
