@@ -16,8 +16,9 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed blocks of up to 2 GiB for the process instead of unmapping them.
 
     By default it maps every block of 32 MiB and more anew, and the system fills it with zeros page
-    by page. A training step at 8x3x256x256 on two cores took 12.7 s with that and 9.3 s without, at
-    8x3x128x128 2.8 s and 2.3 s; the process's peak went from 4.2 to 5.2 GB at the larger size.
+    by page. That is a quarter of a training step at 8x3x256x256 on two cores, 13.2 s against 9.8 s;
+    kept, the process's peak is 6.8 GB instead of 4.8 GB (`python -m bench.freed_memory`, whose
+    table is in ``docs/training.md``).
 
     Returns:
         Whether it was done: not on other systems, and not where the environment says how malloc is
