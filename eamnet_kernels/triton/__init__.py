@@ -48,7 +48,8 @@ def unavailable() -> str | None:
 def refuses(arguments: Arguments) -> str | None:
     """Why the tensors' device, dtype or size does not serve, the same for all operators; or None.
 
-    Indices within a sample are 32 bits wide where that is enough, but always those of its pixels.
+    Indices within a sample are 32 bits wide where that is enough, but always those of its pixels,
+    of which a run of blocks may go beyond the last by as many again.
     """
     kind = "cpu" if interpreted() else "cuda"
     tensors = [
@@ -67,8 +68,8 @@ def refuses(arguments: Arguments) -> str | None:
     if kind == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0"
     for name, tensor in tensors:
-        if tensor.dim() == 4 and tensor.shape[2] * tensor.shape[3] >= 2**31:
-            return f"{name} has 2^31 pixels or more in a sample"
+        if tensor.dim() == 4 and tensor.shape[2] * tensor.shape[3] >= 2**30:
+            return f"{name} has 2^30 pixels or more in a sample"
     return None
 
 
