@@ -6,8 +6,9 @@
 The operators' modules run on meta tensors (`exercise`), their launches are recorded, and each is
 compiled as Triton would compile it at that launch: the same specialisation, the same constants. It
 is a fault if a kernel spills registers or uses local memory, if it wants more shared memory than
-the card gives a block, if a product of bfloat16 or float16 became scalar arithmetic, if one of
-float32 that was to be exact became TF32, or if a rule of a table met no launch.
+the card gives a block, if a product of bfloat16, float16 or TF32 became scalar arithmetic, if one
+of float32 that was to be exact became TF32 or the other way round, or if a rule of a table met no
+launch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from eamnet_kernels.triton.launch import Launch, recorded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels-last": torch.channels_last}
+_FORMS = (("nchw", "ieee"), ("channels-last", "ieee"), ("nchw", "tf32"))
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ class Row:
             found.append("a product became scalar arithmetic")
         if self.exact_dots and not self.low_precision_dots and self.matrix:
             found.append("a product of float32 became TF32")
+        if self.exact_dots and "PRECISION=tf32" in self.constants:
+            found.append("a product that was to be TF32 stayed exact")
         return [f"{self.name} sm_{self.architecture}: {fault}" for fault in found]
 
     @property
@@ -127,27 +132,43 @@ def _meta(dtype: torch.dtype, layout: str) -> Any:
     return empty
 
 
+@contextmanager
+def _precision(of_float32: str) -> Iterator[None]:
+    """What torch asks of products of float32, within."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = of_float32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def variants(
     operators: Iterable[str] | None = None, dtypes: Iterable[torch.dtype] = DTYPES
 ) -> Iterator[Variant]:
-    """Every kernel of the operators in every form that the tables' rules lead to, once."""
+    """Every kernel of the operators in every form that the tables' rules lead to, once.
+
+    With TF32, one layout; with offsets of 64 bits, no float16 and no TF32.
+    """
     backend = backends.get("triton")
     seen = set()
     for operator in operators or backend.operators:
         module = backend.module(operator)
         for dtype in dtypes:
-            for layout in LAYOUTS:
-                with recorded() as launches:
+            for layout, precision in _FORMS:
+                if precision == "tf32" and dtype != torch.float32:
+                    continue
+                with recorded() as launches, _precision(precision):
                     module.exercise(_meta(dtype, layout))
                 for launch in launches:
+                    lean = dtype == torch.float16 or precision == "tf32"
+                    if launch.constants.get("WIDE") and lean:
+                        continue
                     kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-                    options = {
-                        "warps": launch.configuration.num_warps,
-                        "stages": launch.configuration.num_stages,
-                    }
+                    options = launch.options.items()
                     constants = " ".join(
-                        f"{name}={_plain(value)}"
-                        for name, value in {**launch.constants, **options}.items()
+                        f"{name.removeprefix('num_')}={_plain(value)}"
+                        for name, value in (*launch.constants.items(), *options)
                     )
                     variant = Variant(
                         f"{operator}.{kernel}",
@@ -203,12 +224,8 @@ def unmet_rules(operators: Iterable[str] | None = None) -> list[str]:
 def _source(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton would compile at a launch; the steps of `JITFunction.run` before it compiles."""
     kernel, backend = launch.kernel, make_backend(target)
-    options = {
-        "num_warps": launch.configuration.num_warps,
-        "num_stages": launch.configuration.num_stages,
-    }
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    given = {**launch.constants, **options}
+    given = {**launch.constants, **launch.options}
     bound, specialization, rest = bind(*launch.arguments, **given)
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, {**given, **rest}, bound, specialization, rest
@@ -341,7 +358,9 @@ def main(arguments: list[str] | None = None) -> int:
             )
     if options.write:
         if options.op:
-            rows = _others(options.write / "triton-audit.json", options.op) + rows
+            rows += _others(options.write / "triton-audit.json", options.op)
+            order = backends.get("triton").operators
+            rows.sort(key=lambda row: order.index(row.kernel.split(".")[0]))
         (options.write / "triton-audit.md").write_text(markdown(rows))
         # A row in a line, so that a change shows as one.
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)

@@ -16,11 +16,15 @@ Key = Mapping[str, int | str]
 
 @dataclass(frozen=True)
 class Configuration:
-    """Block sizes by the names of the kernel's constants, and what Triton is told beside them."""
+    """Block sizes by the names of the kernel's constants, and what Triton is told beside them.
+
+    `all_registers`: where it would else spill, that it may use all (`Launch.options`).
+    """
 
     blocks: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 2
+    all_registers: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -28,6 +32,7 @@ class Configuration:
             "blocks": dict(self.blocks),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "all_registers": self.all_registers,
         }
 
 

@@ -535,6 +535,7 @@ def exercise(empty: Callable[..., Tensor]) -> None:
         (2, 1000, 80, True),
         (2, 1024, 128, True),
         (4, 1024, 16, False),
+        (4, 2**22, 32, True),
     ):
         packed = empty(8, tokens, 6, heads * dims).unflatten(3, (heads, dims))
         q_s, k_s, v_s, q_c, k_c, v_c = packed.permute(2, 0, 3, 1, 4)

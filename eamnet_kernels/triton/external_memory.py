@@ -582,6 +582,7 @@ def exercise(empty: Callable[..., Tensor]) -> None:
         ((8, 256, 32, 32), 64),
         ((8, 256, 64, 64), 128),
         ((2, 20, 9, 11), 7),
+        ((1, 64, 8192, 8192), 64),
     ):
         x = empty(batch, channels, height, width)
         memory, w_out = x.new_empty(slots, channels), x.new_empty(channels, channels)

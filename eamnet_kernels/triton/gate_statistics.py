@@ -302,7 +302,16 @@ def backward(
 
 
 def exercise(empty: Callable[..., Tensor]) -> None:
-    """Forward and backward at shapes that meet every rule of the tables, for the audit."""
-    for shape in ((8, 256, 32, 32), (8, 64, 128, 128), (8, 32, 256, 256), (2, 20, 9, 11)):
+    """Forward and backward at shapes that meet every rule of the tables, for the audit.
+
+    The last has 2^32 elements in a sample, as it has for each operator.
+    """
+    for shape in (
+        (8, 256, 32, 32),
+        (8, 64, 128, 128),
+        (8, 32, 256, 256),
+        (2, 20, 9, 11),
+        (1, 64, 8192, 8192),
+    ):
         x = empty(*shape)
         backward(*forward(x), is_channels_last(x))

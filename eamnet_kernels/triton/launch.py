@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,31 @@ class Launch:
     constants: dict[str, Any]
     configuration: Configuration
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told beside the constants.
+
+        Left alone, the assembler aims at a number of registers of its own, with which one more
+        block would fit a multiprocessor. Where elements have an address each, because strides are
+        odd, or addresses are long, it gets there by spilling what the card has registers for, and
+        so it did with TF32; then it is told how many there are. Elsewhere its choice does no harm.
+        Told so, it may also load more at once than there are registers for: what a rule of a table
+        says with `all_registers=False`.
+        """
+        warps = self.configuration.num_warps
+        found = {"num_warps": warps, "num_stages": self.configuration.num_stages}
+        given = zip(self.kernel.arg_names, self.arguments, strict=False)
+        odd = (_STRIDE.search(name) and v != 1 and v % 16 for name, v in given if type(v) is int)
+        tf32 = self.constants.get("PRECISION") == "tf32"
+        hard = tf32 or self.constants.get("WIDE") or any(odd)
+        if hard and self.configuration.all_registers:
+            found["maxnreg"] = min(255, _REGISTERS // (32 * warps))
+        return found
+
+
+_REGISTERS = 65536  # of a multiprocessor, on every card since compute capability 3.0
+_STRIDE = re.compile("_(b|h|c|n|d|m[bcs])$")  # what kernels call the strides they are given
+
 
 _record: list[Launch] | None = None
 
@@ -46,19 +72,19 @@ def launch(
     The first dimension of a grid may have 2^31 - 1 programs, the others 65535.
     """
     constants = {**configuration.blocks, **constants}
+    asked = Launch(kernel, tuple(grid), arguments, constants, configuration)
     if _record is not None:
-        _record.append(Launch(kernel, tuple(grid), arguments, constants, configuration))
+        _record.append(asked)
         return
     if 0 in grid:
         return
-    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type != "cuda":
-        kernel[tuple(grid)](*arguments, **constants, **options)
+        kernel[asked.grid](*arguments, **constants, **asked.options)
         return
     # Triton launches on the current device, whatever device the pointers belong to.
     with torch.cuda.device(device):
-        kernel[tuple(grid)](*arguments, **constants, **options)
+        kernel[asked.grid](*arguments, **constants, **asked.options)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from eamnet_kernels.triton import declines as declines
 from eamnet_kernels.triton import refuses
 from eamnet_kernels.triton.configurations import Configuration, Rule, Table
 from eamnet_kernels.triton.launch import blocks, launch, power_of_two, wide
-from eamnet_kernels.triton.products import configured, parts_of_sum, precision, strides
+from eamnet_kernels.triton.products import configured, parts_of_sum, precision, strides, within
 
 # All channels of a block of pixels are one program's sums, and so are the weights of a group: more
 # would not fit its registers.
@@ -45,7 +45,8 @@ POINT_BACKWARD = Table(
     "multi_dilation_conv.point_backward",
     Rule({"group": 16, "bits": 16}, Configuration({"PIXELS": 128, "INNER": 32})),
     Rule({"bits": 16}, Configuration({"PIXELS": 64, "INNER": 32})),
-    Rule({}, Configuration({"PIXELS": 64, "INNER": 16})),
+    Rule({"group": 32}, Configuration({"PIXELS": 64, "INNER": 16})),
+    Rule({}, Configuration({"PIXELS": 32, "INNER": 16})),
 )
 BRANCH_BACKWARD = Table(
     "multi_dilation_conv.branch_backward",
@@ -55,14 +56,19 @@ BRANCH_BACKWARD = Table(
 )
 BRANCH_WEIGHT = Table(
     "multi_dilation_conv.branch_weight",
-    Rule({"group": 16}, Configuration({"PIXELS": 128})),
+    Rule({"group": 16, "bits": 16}, Configuration({"PIXELS": 128})),
     Rule({"bits": 16}, Configuration({"PIXELS": 64})),
-    Rule({}, Configuration({"PIXELS": 32})),
+    Rule({"group": 16, "inner": 1}, Configuration({"PIXELS": 128})),
+    Rule({"inner": 1}, Configuration({"PIXELS": 32})),
+    # A dense one is a product over PIXELS.
+    Rule({"group": 32}, Configuration({"PIXELS": 16})),
+    Rule({}, Configuration({"PIXELS": 16}, num_warps=8)),
 )
 POINT_WEIGHT = Table(
     "multi_dilation_conv.point_weight",
     Rule({"bits": 16}, Configuration({"PIXELS": 64, "OUT": 32})),
-    Rule({}, Configuration({"PIXELS": 32, "OUT": 32})),
+    Rule({"group": 16}, Configuration({"PIXELS": 32, "OUT": 32})),
+    Rule({}, Configuration({"PIXELS": 16, "OUT": 32})),
 )
 
 
@@ -121,8 +127,8 @@ def _tap(tap, row, column, dilation, H, W):  # type: ignore[no-untyped-def]
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
     x,  # (B,C,N)
-    w_branches,  # (n,9,G,G) or (n,9,G,1): branch, tap, channel out, channel in of a group
-    w_point,  # (C,C)
+    w_branches,  # (n,9,GROUP,GROUP) or (n,9,GROUP,1): branch, tap, channel out and in of a group
+    w_point,  # (OUT,n+1,GROUP)
     bias,  # (C), if HAS_BIAS
     out,  # (B,C,N)
     preactivation,  # (B,n*G,N), if SAVE
@@ -167,14 +173,14 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     at_g = (g.to(index) * x_c)[:, None]
 
     unchanged = tl.load(x + at_g, inside, other=0.0)
-    point = (o < C)[:, None] & (g < G)[None, :]
-    at_point = o[:, None] * C + g[None, :]
-    weight = tl.load(w_point + at_point, point, other=0.0)
+    w_point += o[:, None] * ((len(DILATIONS) + 1) * GROUP) + g[None, :]
+    weight = tl.load(w_point)
     total = tl.dot(weight, unchanged, input_precision=PRECISION)
-    for branch in range(len(DILATIONS)):
+    # Counted at run time: of one branch the compiler makes no loop, and spills.
+    for branch in range(C // G - 1):
         dilation = _dilation(branch, DILATIONS)
         group = x + (branch + 1) * G * tl.cast(x_c, index)
-        weights = w_branches + branch * 9 * G * (G if DENSE else 1)
+        weights = w_branches + branch * 9 * GROUP * (GROUP if DENSE else 1)
         z = tl.zeros([GROUP, PIXELS], tl.float32)
         for tap in range(9):
             further, reads = _tap(tap, row, column, dilation, H, W)
@@ -186,15 +192,11 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                     value = tl.load(
                         read + (k.to(index) * x_c)[:, None], (k < G)[:, None] & reads, other=0.0
                     )
-                    of_tap = tl.load(
-                        weights + (tap * G + g)[:, None] * G + k[None, :],
-                        (g < G)[:, None] & (k < G)[None, :],
-                        other=0.0,
-                    )
+                    of_tap = tl.load(weights + (tap * GROUP + g)[:, None] * GROUP + k[None, :])
                     z = tl.dot(of_tap, value, z, input_precision=PRECISION)
             else:
                 value = tl.load(read + at_g, (g < G)[:, None] & reads, other=0.0)
-                scale = tl.load(weights + tap * G + g, g < G, other=0.0).to(tl.float32)
+                scale = tl.load(weights + tap * GROUP + g).to(tl.float32)
                 z += scale[:, None] * value.to(tl.float32)
         # Rows beyond the group are 0 * x, which is NaN for infinite x, and must not be added.
         z = tl.where(inside, z, 0.0).to(x.dtype.element_ty)
@@ -203,7 +205,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             to = b * pre_b + (channel * pre_c)[:, None] + (n.to(index) * pre_n)[None, :]
             tl.store(preactivation + to, z, inside)
         activated = _activated(z.to(tl.float32), ACTIVATION).to(x.dtype.element_ty)
-        weight = tl.load(w_point + (branch + 1) * G + at_point, point, other=0.0)
+        weight = tl.load(w_point + (branch + 1) * GROUP)
         total = tl.dot(weight, activated, total, input_precision=PRECISION)
     if HAS_BIAS:
         total += tl.load(bias + o, o < C, other=0.0).to(tl.float32)[:, None]
@@ -211,9 +213,23 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + to, total.to(out.dtype.element_ty), (o < C)[:, None] & (n < N)[None, :])
 
 
-def _by_tap(w_branches: Sequence[Tensor]) -> Tensor:
-    """The branches' weights as the kernels read them, (n,9,G,G) or (n,9,G,1)."""
-    return torch.stack(list(w_branches)).flatten(3).permute(0, 3, 1, 2).contiguous()
+def _padded(weight: Tensor, *shape: int) -> Tensor:
+    """`weight` with zeros up to `shape`.
+
+    Kernels read whole blocks of it then, 128 bits at a time whatever the number of channels; with
+    masks, and an address for each element, they spilled where it was odd.
+    """
+    if weight.shape == shape:
+        return weight.contiguous()
+    padded = weight.new_zeros(shape)
+    padded[tuple(map(slice, weight.shape))] = weight
+    return padded
+
+
+def _by_tap(w_branches: Sequence[Tensor], padded: int) -> Tensor:
+    """The branches' weights as the kernels read them, (n,9,GROUP,GROUP) or (n,9,GROUP,1)."""
+    by_tap = torch.stack(list(w_branches)).flatten(3).permute(0, 3, 1, 2)
+    return _padded(by_tap, *by_tap.shape[:2], padded, 1 if by_tap.shape[3] == 1 else padded)
 
 
 def forward(
@@ -228,6 +244,7 @@ def forward(
     out = empty_like(x)
     batch, channels, height, width = x.shape
     group = channels // (len(dilations) + 1)
+    padded, out_padded = power_of_two(max(16, group)), power_of_two(max(16, channels))
     preactivation = x.new_empty(0)
     if save_for_backward:
         preactivation = _empty_branches(x, len(dilations) * group)
@@ -236,7 +253,8 @@ def forward(
     launch(
         _forward_kernel,
         (batch * blocks(height * width, configuration.blocks["PIXELS"]),),
-        x, _by_tap(w_branches), w_point.contiguous(),
+        x, _by_tap(w_branches, padded),
+        _padded(w_point.unflatten(1, (-1, group)), out_padded, len(dilations) + 1, padded),
         w_point if bias is None else bias.contiguous(),
         out, preactivation if save_for_backward else out,
         channels, group, height, width, *strides(x), *strides(out),
@@ -248,9 +266,10 @@ def forward(
         HAS_BIAS=bias is not None,
         SAVE=save_for_backward,
         PRECISION=precision(x.dtype),
-        GROUP=max(16, power_of_two(group)),
-        OUT=max(16, power_of_two(channels)),
+        GROUP=padded,
+        OUT=out_padded,
         WIDE=wide(x, out),
+        **within(configuration, group, "INNER"),
     )  # fmt: skip
     return out, preactivation
 
@@ -269,7 +288,7 @@ def _empty_branches(x: Tensor, channels: int) -> Tensor:
 @triton.jit
 def _point_backward_kernel(  # type: ignore[no-untyped-def]
     grad_out,  # (B,C,N)
-    w_point,  # (C,C)
+    w_point,  # (OUT,n+1,GROUP), OUT as in the forward kernel
     preactivation,  # (B,n*G,N)
     grad_x,  # (B,C,N): of which the first group
     grad_pre,  # (B,n*G,N)
@@ -313,11 +332,7 @@ def _point_backward_kernel(  # type: ignore[no-untyped-def]
             (o < C)[:, None] & (n < N)[None, :],
             other=0.0,
         )
-        weight = tl.load(
-            w_point + o[None, :] * C + (i * G + g)[:, None],
-            (g < G)[:, None] & (o < C)[None, :],
-            other=0.0,
-        )
+        weight = tl.load(w_point + (o[None, :] * groups + i) * GROUP + g[:, None])
         grad = tl.dot(weight, value, grad, input_precision=PRECISION)
     inside = (g < G)[:, None] & (n < N)[None, :]
     if i == 0:
@@ -336,7 +351,7 @@ def _point_backward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _branch_backward_kernel(  # type: ignore[no-untyped-def]
     grad_pre,  # (B,n*G,N)
-    w_branches,  # (n,9,G,G) or (n,9,G,1)
+    w_branches,  # (n,9,GROUP,GROUP) or (n,9,GROUP,1)
     grad_x,  # (B,C,N): of which all but the first group
     G,
     H,
@@ -370,7 +385,7 @@ def _branch_backward_kernel(  # type: ignore[no-untyped-def]
     group = grad_pre + b * pre_b + branch * G * tl.cast(pre_c, index)
     group += (n.to(index) * pre_n)[None, :]
     at_g = (g.to(index) * pre_c)[:, None]
-    weights = w_branches + branch * 9 * G * (G if DENSE else 1)
+    weights = w_branches + branch * 9 * GROUP * (GROUP if DENSE else 1)
     grad = tl.zeros([GROUP, PIXELS], tl.float32)
     for tap in range(9):
         # The pixel that reads n at this tap.
@@ -383,15 +398,11 @@ def _branch_backward_kernel(  # type: ignore[no-untyped-def]
                 value = tl.load(
                     read + (k.to(index) * pre_c)[:, None], (k < G)[:, None] & reads, other=0.0
                 )
-                weight = tl.load(
-                    weights + (tap * G + k)[None, :] * G + g[:, None],
-                    (g < G)[:, None] & (k < G)[None, :],
-                    other=0.0,
-                )
+                weight = tl.load(weights + (tap * GROUP + k)[None, :] * GROUP + g[:, None])
                 grad = tl.dot(weight, value, grad, input_precision=PRECISION)
         else:
             value = tl.load(read + at_g, (g < G)[:, None] & reads, other=0.0)
-            weight = tl.load(weights + tap * G + g, g < G, other=0.0).to(tl.float32)
+            weight = tl.load(weights + tap * GROUP + g).to(tl.float32)
             grad += weight[:, None] * value.to(tl.float32)
     channel = ((branch + 1) * G + g).to(index)
     to = b * x_b + (channel * x_c)[:, None] + (n.to(index) * x_n)[None, :]
@@ -402,7 +413,7 @@ def _branch_backward_kernel(  # type: ignore[no-untyped-def]
 def _branch_weight_kernel(  # type: ignore[no-untyped-def]
     grad_pre,  # (B,n*G,N)
     x,  # (B,C,N)
-    partial,  # (S,n,9,G,G) or (S,n,9,G,1) float32
+    partial,  # (S,n,9,GROUP,GROUP) or (S,n,9,GROUP,1) float32
     B,
     G,
     H,
@@ -454,12 +465,10 @@ def _branch_weight_kernel(  # type: ignore[no-untyped-def]
         else:
             total += grad.to(tl.float32) * value.to(tl.float32)
     if DENSE:
-        to = (tl.cast(program, tl.int64) // 9 * 9 + tap) * G * G
-        to += g[:, None] * G + g[None, :]
-        tl.store(partial + to, total, (g < G)[:, None] & (g < G)[None, :])
+        to = tl.cast(program, tl.int64) * GROUP * GROUP + g[:, None] * GROUP + g[None, :]
+        tl.store(partial + to, total)
     else:
-        to = tl.cast(program, tl.int64) * G + g
-        tl.store(partial + to, tl.sum(total, 1), g < G)
+        tl.store(partial + tl.cast(program, tl.int64) * GROUP + g, tl.sum(total, 1))
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -467,7 +476,7 @@ def _point_weight_kernel(  # type: ignore[no-untyped-def]
     grad_out,  # (B,C,N)
     x,  # (B,C,N): of which the first group
     preactivation,  # (B,n*G,N)
-    partial,  # (S,C,C) float32
+    partial,  # (S,rows*OUT,n+1,GROUP) float32
     partial_bias,  # (S,C) float32, if HAS_BIAS
     B,
     C,
@@ -528,8 +537,8 @@ def _point_weight_kernel(  # type: ignore[no-untyped-def]
         total = tl.dot(grad, tl.trans(value), total, input_precision=PRECISION)
         if HAS_BIAS:
             total_bias += grad.to(tl.float32)
-    to = (tl.cast(s, tl.int64) * C + o)[:, None] * C + (i * G + g)[None, :]
-    tl.store(partial + to, total, (o < C)[:, None] & (g < G)[None, :])
+    to = ((tl.cast(s, tl.int64) * rows * OUT + o)[:, None] * groups + i) * GROUP + g[None, :]
+    tl.store(partial + to, total)
     if HAS_BIAS and i == 0:
         tl.store(partial_bias + tl.cast(s, tl.int64) * C + o, tl.sum(total_bias, 1), o < C)
 
@@ -546,15 +555,16 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     batch, channels, height, width = x.shape
     pixels, branches = height * width, len(dilations)
-    group = channels // (branches + 1)
-    dense = w_branches[0].shape[1] == group and group > 1
+    group, inner = channels // (branches + 1), w_branches[0].shape[1]
+    dense = inner == group and group > 1
     grad_x, grad_pre = empty_like(x), _empty_branches(x, branches * group)
     x, grad_out, preactivation = map(pixels_in_sequence, (x, grad_out, preactivation))
-    by_tap = _by_tap(w_branches)
-    key = {"channels": channels, "group": group, "pixels": pixels}
+    padded = power_of_two(max(16, group))
+    by_tap = _by_tap(w_branches, padded)
+    key = {"channels": channels, "group": group, "inner": inner, "pixels": pixels}
     common = {
         "PRECISION": precision(x.dtype),
-        "GROUP": max(16, power_of_two(group)),
+        "GROUP": padded,
         "WIDE": wide(x, grad_out, preactivation, grad_x),
     }
 
@@ -565,11 +575,16 @@ def backward(
     launch(
         _point_backward_kernel,
         (tiles(configuration) * (branches + 1),),
-        grad_out, w_point.contiguous(), preactivation, grad_x, grad_pre, channels, group, pixels,
+        grad_out,
+        _padded(
+            w_point.unflatten(1, (-1, group)), power_of_two(max(16, channels)), branches + 1, padded
+        ),
+        preactivation, grad_x, grad_pre, channels, group, pixels,
         *strides(grad_out), *strides(preactivation), *strides(grad_x), *strides(grad_pre),
         configuration=configuration,
         ACTIVATION=activation,
         **common,
+        **within(configuration, channels, "INNER"),
     )  # fmt: skip
     configuration = configured(BRANCH_BACKWARD, x, **key)
     launch(
@@ -580,6 +595,7 @@ def backward(
         DILATIONS=tuple(dilations),
         DENSE=dense,
         **common,
+        **within(configuration, group, "INNER"),
     )  # fmt: skip
 
     configuration = configured(BRANCH_WEIGHT, x, **key)
@@ -594,12 +610,14 @@ def backward(
         DENSE=dense,
         **common,
     )  # fmt: skip
-    grad_branches = partial.sum(0).permute(0, 2, 3, 1).unflatten(3, (3, 3)).to(x.dtype)
+    grad_branches = partial.sum(0)[:, :, :group, :inner].permute(0, 2, 3, 1)
+    grad_branches = grad_branches.unflatten(3, (3, 3)).to(x.dtype)
 
     configuration = configured(POINT_WEIGHT, x, **key)
     rows = blocks(channels, configuration.blocks["OUT"])
     parts = parts_of_sum(tiles(configuration), rows * (branches + 1))
-    partial = w_point.new_empty((parts, channels, channels), dtype=torch.float32)
+    sizes = (parts, rows * configuration.blocks["OUT"], branches + 1, padded)
+    partial = w_point.new_empty(sizes, dtype=torch.float32)
     partial_bias = w_point.new_empty((parts, channels), dtype=torch.float32)
     launch(
         _point_weight_kernel,
@@ -613,7 +631,8 @@ def backward(
     )  # fmt: skip
     grad_bias = partial_bias.sum(0).to(x.dtype) if has_bias else grad_out.new_empty(0)
     grads = [g.contiguous() for g in grad_branches]
-    return grad_x, grads, partial.sum(0).to(x.dtype), grad_bias
+    grad_point = partial.sum(0)[:channels, :, :group].flatten(1).to(x.dtype)
+    return grad_x, grads, grad_point, grad_bias
 
 
 def exercise(empty: Callable[..., Tensor]) -> None:
@@ -627,6 +646,8 @@ def exercise(empty: Callable[..., Tensor]) -> None:
         (256, 64, 32, "relu", False),
         (256, 1, 32, "relu", False),
         (20, 5, 9, "identity", False),
+        (252, 63, 31, "relu", True),
+        (64, 16, 8192, "relu", False),
     ):
         x, w_point = empty(8, channels, side, side), empty(channels, channels)
         w_branches = [empty(channels // 4, inner, 3, 3).contiguous() for _ in range(3)]

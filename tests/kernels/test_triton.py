@@ -164,6 +164,25 @@ def test_wide_is_where_an_offset_passes_31_bits() -> None:
 
 
 @TRITON
+def test_the_assembler_is_told_of_all_registers_where_it_would_spill() -> None:
+    from eamnet_kernels.triton import gate_statistics
+    from eamnet_kernels.triton.launch import recorded
+
+    with recorded() as launches:
+        for shape in ((8, 256, 32, 32), (2, 20, 9, 11)):
+            gate_statistics.forward(torch.empty(shape, device="meta"))
+    even, _, odd, _ = launches
+    assert "maxnreg" not in even.options
+    assert odd.options["maxnreg"] == 255
+    for hard in ({"WIDE": True}, {"PRECISION": "tf32"}):
+        assert replace(even, constants={**even.constants, **hard}).options["maxnreg"] == 255
+    many = replace(odd, configuration=replace(odd.configuration, num_warps=16))
+    assert many.options["maxnreg"] == 128
+    left = replace(odd, configuration=replace(odd.configuration, all_registers=False))
+    assert "maxnreg" not in left.options
+
+
+@TRITON
 def test_tables_take_the_first_rule_that_holds() -> None:
     from eamnet_kernels.triton import configurations
     from eamnet_kernels.triton.configurations import Configuration, Rule, Table
@@ -246,6 +265,9 @@ def test_the_audit_lists_what_ships(audit: Any, committed: dict[str, Any]) -> No
     rows = [audit.Row(**row) for row in committed["rows"]]
     assert sorted({row.name for row in rows}) == sorted(v.name for v in audit.variants())
     assert not [fault for row in rows for fault in row.faults()]
+    for form, other in (("WIDE=1", "WIDE=0"), ("PRECISION=tf32", "PRECISION=ieee")):
+        forms = [{row.kernel for row in rows if f in row.constants} for f in (form, other)]
+        assert forms[0] == forms[1] != set()
 
 
 @COMPILED
@@ -273,6 +295,7 @@ def test_the_audit_finds_what_it_is_for(audit: Any) -> None:
         ({"shared": 228 << 10}, "shared memory"),
         ({"low_precision_dots": 1}, "scalar arithmetic"),
         ({"exact_dots": 1, "matrix": 1}, "TF32"),
+        ({"exact_dots": 1, "constants": "PRECISION=tf32"}, "stayed exact"),
     ):
         (fault,) = replace(row, **change).faults()
         assert word in fault
