@@ -331,4 +331,5 @@ def run(
                         budget,
                         compiled,
                         backend,
+                        memory=not quick,
                     )
