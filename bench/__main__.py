@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     modes = {None: ["forward", "both"], "forward": ["forward"]}.get(options.mode, ["both"])
     default = "operators" if options.quick or options.op else "operators,network,sweeps"
     parts = (options.parts or default).split(",")
-    rounds = options.rounds or (5 if options.quick else 15)
-    budget = options.budget or (0.5 if options.quick else 5.0)
+    rounds = options.rounds or (9 if options.quick else 15)
+    budget = options.budget or (1.0 if options.quick else 5.0)
     compiled = not options.no_compile and not options.quick
     # For all that are compared: the floor knows nothing of pages that the system fills with zeros,
     # two thirds of a call that allocates 32 MiB.
