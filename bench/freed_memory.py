@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from bench import results
+from bench.network import training_step
 from bench.subjects import direct_definitions
 from bench.timing import Times, paired_ratio
 from eamnet.losses import SegmentationLoss
@@ -47,10 +48,7 @@ def step_of_a_process(
     for _ in range(1 + steps):
         start = time.perf_counter()
         with direct_definitions() if network == NETWORKS[1] else contextlib.nullcontext():
-            loss = loss_of(*model(images), masks)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            training_step(model, images, masks, loss_of, optimizer)
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
     return {"seconds": float(np.median(seconds[1:])), "peak_mb": peak / 1e6}
@@ -79,9 +77,7 @@ def measure(sides: list[int], batch: int, steps: int, rounds: int) -> Iterator[r
                 "size": side,
                 "batch": batch,
                 "rounds": rounds,
-                "median_ms": 1e3 * own.median,
-                "p20_ms": 1e3 * own.percentile(20),
-                "p80_ms": 1e3 * own.percentile(80),
+                **own.milliseconds(),
                 "times_first": ratio.median,
                 "times_first_low": ratio.low,
                 "times_first_high": ratio.high,

@@ -72,6 +72,20 @@ def _largest_error(call: Callable[[int], Any], truth: Tensor) -> float:
     return float((got.double() - truth).abs().max() / truth.abs().max())
 
 
+def training_step(
+    run: nn.Module,
+    images: Tensor,
+    masks: Tensor,
+    loss_of: SegmentationLoss,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """What a training does for every batch."""
+    loss = loss_of(*_logits(run(images)), masks)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -> Iterator[Record]:
     """Training step at `batch` and inference at batch 1: ours, the direct definitions, others."""
     torch.manual_seed(0)
@@ -110,13 +124,9 @@ def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -
                 scope: Any = scope,
                 optimizer: torch.optim.Optimizer = optimizer,
                 masks: Tensor = masks,
-            ) -> object:
+            ) -> None:
                 with scope():
-                    loss = loss_of(*_logits(run(x)), masks)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                return loss
+                    training_step(run, x, masks, loss_of, optimizer)
 
             calls[name] = infer if mode == "inference" else step
             if name.startswith("EAM-Net"):
@@ -136,9 +146,7 @@ def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -
                 "batch": len(images),
                 "error": errors.get(name),
                 "rounds": len(t.seconds),
-                "median_ms": 1e3 * t.median,
-                "p20_ms": 1e3 * t.percentile(20),
-                "p80_ms": 1e3 * t.percentile(80),
+                **t.milliseconds(),
                 "noisy": t.spread > WIDE_SPREAD,
                 "times_ours": ratio.median,
                 "times_ours_low": ratio.low,

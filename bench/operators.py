@@ -282,9 +282,7 @@ def measure(
         yield Row(
             **common,
             rounds=len(t.seconds),
-            median_ms=1e3 * t.median,
-            p20_ms=1e3 * t.percentile(20),
-            p80_ms=1e3 * t.percentile(80),
+            **t.milliseconds(),
             noisy=t.spread > WIDE_SPREAD,
             floor_ms=None if floor is None else 1e3 * floor,
             percent_of_floor=None if floor is None else 100 * floor / t.median,

@@ -55,7 +55,9 @@ def dice(data: SegmentationData, candidates: dict[str, Predictor]) -> dict[str, 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.precision", description=__doc__)
     parser.add_argument("root", help="folder of ISIC 2017")
-    parser.add_argument("--checkpoint", default="isic2017", help="file, or bundled weights")
+    parser.add_argument(
+        "--checkpoint", default="isic2017", help=".safetensors file, or bundled weights"
+    )
     parser.add_argument("--output", type=Path, help="folder of precision.json and .csv")
     options = parser.parse_args(arguments)
     facts = results.environment(torch.device("cpu"))  # before the source can change

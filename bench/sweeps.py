@@ -76,9 +76,7 @@ def measure(rounds: int, budget: float) -> Iterator[Record]:
             "subject": name,
             "axis": axis,
             "value": value,
-            "median_ms": 1e3 * time.median,
-            "p20_ms": 1e3 * time.percentile(20),
-            "p80_ms": 1e3 * time.percentile(80),
+            **time.milliseconds(),
             "peak_extra_mb": None if extra is None else extra / 1e6,
             "expected_exponent": expected,
         }

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,14 @@ class Times:
 
     def percentile(self, q: float) -> float:
         return float(np.percentile(self.seconds, q))
+
+    def milliseconds(self) -> dict[str, Any]:
+        """What a row of a result file says of them."""
+        return {
+            "median_ms": 1e3 * self.median,
+            "p20_ms": 1e3 * self.percentile(20),
+            "p80_ms": 1e3 * self.percentile(80),
+        }
 
     @property
     def spread(self) -> float:
