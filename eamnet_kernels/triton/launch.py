@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ class Launch:
         """
         warps = self.configuration.num_warps
         found = {"num_warps": warps, "num_stages": self.configuration.num_stages}
-        given = zip(self.kernel.arg_names, self.arguments, strict=False)
-        odd = (_STRIDE.search(name) and v != 1 and v % 16 for name, v in given if type(v) is int)
+        named = (self.arguments[place] for place in _places(tuple(self.kernel.arg_names)))
+        odd = (v != 1 and v % 16 for v in named if type(v) is int)
         tf32 = self.constants.get("PRECISION") == "tf32"
         hard = tf32 or self.constants.get("WIDE") or any(odd)
         if hard and self.configuration.all_registers:
@@ -55,6 +56,12 @@ class Launch:
 
 _REGISTERS = 65536  # of a multiprocessor, on every card since compute capability 3.0
 _STRIDE = re.compile("_(b|h|c|n|d|m[bcs])$")  # what kernels call the strides they are given
+
+
+@cache
+def _places(names: tuple[str, ...]) -> tuple[int, ...]:
+    """Where the strides stand among a kernel's arguments, and tensors that are named alike."""
+    return tuple(place for place, name in enumerate(names) if _STRIDE.search(name))
 
 
 _record: list[Launch] | None = None

@@ -232,6 +232,17 @@ def _by_tap(w_branches: Sequence[Tensor], padded: int) -> Tensor:
     return _padded(by_tap, *by_tap.shape[:2], padded, 1 if by_tap.shape[3] == 1 else padded)
 
 
+def _by_group(w_point: Tensor, group: int) -> Tensor:
+    """The 1x1's weight (C,C) as the kernels read it, (OUT,n+1,GROUP)."""
+    sizes = (_padding(w_point.shape[0]), w_point.shape[1] // group, _padding(group))
+    return _padded(w_point.unflatten(1, (-1, group)), *sizes)
+
+
+def _padding(channels: int) -> int:
+    """Into how many channels a kernel's block takes as many."""
+    return power_of_two(max(16, channels))
+
+
 def forward(
     x: Tensor,
     w_branches: Sequence[Tensor],
@@ -244,7 +255,7 @@ def forward(
     out = empty_like(x)
     batch, channels, height, width = x.shape
     group = channels // (len(dilations) + 1)
-    padded, out_padded = power_of_two(max(16, group)), power_of_two(max(16, channels))
+    padded = _padding(group)
     preactivation = x.new_empty(0)
     if save_for_backward:
         preactivation = _empty_branches(x, len(dilations) * group)
@@ -254,7 +265,7 @@ def forward(
         _forward_kernel,
         (batch * blocks(height * width, configuration.blocks["PIXELS"]),),
         x, _by_tap(w_branches, padded),
-        _padded(w_point.unflatten(1, (-1, group)), out_padded, len(dilations) + 1, padded),
+        _by_group(w_point, group),
         w_point if bias is None else bias.contiguous(),
         out, preactivation if save_for_backward else out,
         channels, group, height, width, *strides(x), *strides(out),
@@ -267,7 +278,7 @@ def forward(
         SAVE=save_for_backward,
         PRECISION=precision(x.dtype),
         GROUP=padded,
-        OUT=out_padded,
+        OUT=_padding(channels),
         WIDE=wide(x, out),
         **within(configuration, group, "INNER"),
     )  # fmt: skip
@@ -559,7 +570,7 @@ def backward(
     dense = inner == group and group > 1
     grad_x, grad_pre = empty_like(x), _empty_branches(x, branches * group)
     x, grad_out, preactivation = map(pixels_in_sequence, (x, grad_out, preactivation))
-    padded = power_of_two(max(16, group))
+    padded = _padding(group)
     by_tap = _by_tap(w_branches, padded)
     key = {"channels": channels, "group": group, "inner": inner, "pixels": pixels}
     common = {
@@ -575,11 +586,8 @@ def backward(
     launch(
         _point_backward_kernel,
         (tiles(configuration) * (branches + 1),),
-        grad_out,
-        _padded(
-            w_point.unflatten(1, (-1, group)), power_of_two(max(16, channels)), branches + 1, padded
-        ),
-        preactivation, grad_x, grad_pre, channels, group, pixels,
+        grad_out, _by_group(w_point, group), preactivation, grad_x, grad_pre,
+        channels, group, pixels,
         *strides(grad_out), *strides(preactivation), *strides(grad_x), *strides(grad_pre),
         configuration=configuration,
         ACTIVATION=activation,
