@@ -108,6 +108,9 @@ SANITIZERS = {
 # -O2 takes the compiler 2.5 times as long. At -O1 alone GCC makes no fused multiply-add: the tests
 # of accuracy would see another arithmetic than the one that ships.
 SANITIZED = ["-fno-omit-frame-pointer", "-O1", "-fexpensive-optimizations"]
+# Before a program with GCC's ThreadSanitizer, which does not know the addresses that recent Linux
+# kernels give at random.
+FIXED_ADDRESSES = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
 
 
 def fail(what: str, remedy: str) -> NoReturn:

@@ -7,7 +7,7 @@ be reported.
 
 from __future__ import annotations
 
-import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from cuda_host.backend import HERE, SOURCES, compile_command
+
+_BUILD = runpy.run_path(str(HERE.parents[1] / "setup.py"), run_name="definitions")
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++"
@@ -85,10 +87,8 @@ def _build(folder: Path, sanitizer: str, csrc: Path, *options: str) -> Path:
 
 
 def _run(program: Path) -> subprocess.CompletedProcess[str]:
-    # GCC's ThreadSanitizer does not know the addresses that recent kernels give at random.
-    fixed = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
     return subprocess.run(
-        [*fixed, str(program)],
+        [*_BUILD["FIXED_ADDRESSES"], str(program)],
         env={
             "TSAN_OPTIONS": "halt_on_error=1",
             "ASAN_OPTIONS": "detect_leaks=0",

@@ -13,9 +13,7 @@ torch itself, and, as with the address sanitizer, masked loads and stores by int
 from __future__ import annotations
 
 import os
-import platform
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +24,8 @@ RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}  # the first with l
 
 def main() -> None:
     """Build and test with each sanitizer; exit with the first failure."""
-    command, _ = runpy.run_path(str(ROOT / "setup.py"), run_name="definitions")["compiler"]()
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="definitions")
+    command, _ = build["compiler"]()
     for name, runtime in RUNTIMES.items():
         target = ROOT / "build" / f"sanitized-{name}"
         subprocess.run(
@@ -64,15 +63,13 @@ def main() -> None:
         # Those that run the library; compiling around it gives nothing more to watch, and what the
         # process holds in memory is the sanitizer's doing: its shadow, and freed blocks kept back.
         chosen = ("-m", "not slow", "-k", "cpu and not compile and not memory_is_linear")
-        # GCC's ThreadSanitizer does not know the addresses that recent kernels give at random.
-        fixed = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
         tests = sys.argv[1:] or [str(ROOT / "tests" / "kernels"), *chosen]
         print(f"sanitizer: {name}", flush=True)
         # From another folder, so that the package in the checkout is not found first.
         done = subprocess.run(
             # Not capturing the process's own output: that is where a sanitizer reports.
             [
-                *fixed,
+                *build["FIXED_ADDRESSES"],
                 sys.executable,
                 "-c",
                 code,

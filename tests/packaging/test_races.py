@@ -5,9 +5,7 @@ The loop is smaller than those of most kernels' tests, and its accesses are whol
 
 from __future__ import annotations
 
-import platform
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,10 +48,10 @@ def test_race_between_chunks_is_reported(
     if "cannot find" in compiled.stderr:
         pytest.skip(f"{shlex.join(command)} has no ThreadSanitizer installed")
     assert compiled.returncode == 0, compiled.stderr
-    # GCC's ThreadSanitizer does not know the addresses that recent kernels give at random.
-    fixed = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
     own, shared = (
-        subprocess.run([*fixed, program, *a], capture_output=True, text=True, check=False)
+        subprocess.run(
+            [*build.FIXED_ADDRESSES, program, *a], capture_output=True, text=True, check=False
+        )
         for a in ([], ["shared"])
     )
     assert own.returncode == 0, own.stderr
