@@ -34,8 +34,7 @@ def declines(arguments: Arguments) -> str | None:
     if x.dtype == torch.bfloat16 and x.shape[1] >= 128 and torch.cpu._is_amx_tile_supported():
         return "dense bfloat16 branches were measured faster in oneDNN, which has AMX"
     if x.dtype == torch.float32:
-        wide = native.cpu_level() not in ("baseline", "avx2")
-        if wide and x.shape[1] >= 256:
+        if x.shape[1] >= 256 and native.cpu_level() not in ("baseline", "avx2"):
             return "dense float32 branches of 64 channels and more: oneDNN's AVX-512 was faster"
         inference = arguments.get("save_for_backward") is False
         if inference and is_channels_last(x) and x.shape[1] >= 128:

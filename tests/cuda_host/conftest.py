@@ -39,4 +39,4 @@ def cuda_host(library: Path) -> Iterator[str]:
     )
     with eamnet_kernels.use_backend("cuda_host"):
         yield "cuda_host"
-    del backends._REGISTRY["cuda_host"]
+    backends.unregister("cuda_host")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import eamnet_kernels
 import eamnet_kernels.functional as F
 from eamnet_kernels import backends, use_backend
+from eamnet_kernels.reference import gate_statistics as reference
 
 X = torch.randn(1, 4, 3, 3)
 
@@ -81,6 +83,30 @@ def test_environment_variable_sets_the_default() -> None:
 def test_registering_a_name_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="registered already"):
         backends.register(backends.get("reference"))
+
+
+def test_a_registered_backend_comes_and_goes() -> None:
+    class Negative(backends.Backend):
+        def module(self, operator: str) -> ModuleType:
+            module = ModuleType(operator)
+            module.__dict__.update(
+                can_run=lambda arguments: None,
+                forward=lambda x: tuple(-s for s in reference.forward(x)),
+            )
+            return module
+
+    expected = F.gate_statistics(X)
+    backends.register(Negative("negative", "", lambda: None, ("gate_statistics",)))
+    try:
+        with use_backend("negative"):
+            torch.testing.assert_close(F.gate_statistics(X).pixel_max, -expected.pixel_max)
+        torch.testing.assert_close(F.gate_statistics(X), expected)  # the last is auto's last choice
+    finally:
+        backends.unregister("negative")
+    with pytest.raises(ValueError, match="'negative' is not known"):
+        use_backend("negative")
+    with pytest.raises(ValueError, match="'negative' is not known"):
+        backends.unregister("negative")
 
 
 def test_a_compiled_function_obeys_the_selection() -> None:

@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eamnet_kernels
 from eamnet_kernels import backends
@@ -360,6 +362,50 @@ def test_opcheck(
     inputs = mapped(inputs, lambda t: t.detach().requires_grad_())
     op = getattr(torch.ops.eamnet_kernels, operator.name)
     torch.library.opcheck(op.default, operator.raw(inputs, case), {"backend": backend})
+
+
+class _Names(TorchDispatchMode):
+    """Notes the operators that are called under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(("operator", "case"), FIRST_CASES)
+def test_modes_and_kinds_of_tensors_that_dispatch(
+    operator: Operator, case: dict[str, Any], grad: bool
+) -> None:
+    """What watches operators sees these; tensors without data get shapes and reach no kernel."""
+    inputs = mapped(draw(operator, case, torch.float32), lambda t: t.requires_grad_(grad))
+    expected = outputs(operator.run(inputs, case))
+
+    names = _Names()
+    with names:
+        out = outputs(operator.run(inputs, case))
+        if grad:
+            torch.autograd.grad([o.sum() for o in out], leaves(inputs))
+    for name in (operator.name, f"{operator.name}_backward")[: 1 + grad]:
+        assert names.names.count(f"eamnet_kernels.{name}.default") == 1
+
+    mode = FakeTensorMode()
+    fakes = mapped(inputs, mode.from_tensor)
+    with mode:
+        within = outputs(operator.run(fakes, case))
+    after = outputs(operator.run(fakes, case))
+    meta = outputs(operator.run(mapped(inputs, lambda t: t.detach().to("meta")), case))
+    for want, *got in zip(expected, within, after, meta, strict=True):
+        assert [(g.shape, g.dtype) for g in got] == [(want.shape, want.dtype)] * 3
+        assert isinstance(got[0], FakeTensor)
+        assert isinstance(got[1], FakeTensor)
+        assert got[2].is_meta
 
 
 @pytest.mark.parametrize(("operator", "case"), FIRST_CASES)
