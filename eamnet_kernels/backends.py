@@ -17,7 +17,7 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -106,27 +106,39 @@ def register(backend: Backend) -> None:
     if backend.name in _REGISTRY or backend.name == "auto":
         raise ValueError(f"a backend named {backend.name!r} is registered already")
     _REGISTRY[backend.name] = backend
-    _candidates.cache_clear()
+    _implementations.cache_clear()
 
 
 def unregister(name: str) -> None:
     """Remove a backend; ValueError where there is none of that name."""
     get(name)
     del _REGISTRY[name]
-    _candidates.cache_clear()
+    _implementations.cache_clear()
+
+
+class _Implementation(NamedTuple):
+    """A backend's code for one operator or its backward."""
+
+    can_run: Predicate
+    declines: Predicate | None
+    run: Callable[..., Any]
 
 
 @cache
-def _candidates(operator: str) -> tuple[tuple[Backend, Predicate, Predicate | None], ...]:
-    """What `auto` asks for every call: the backends that run on this machine and their predicates.
+def _implementations(name: str, operator: str) -> tuple[_Implementation, ...]:
+    """What may serve on this machine: of the named backend, or for `"auto"` of all in their order.
 
     Kept because the Python of a call is cold: between kernels whose data push it out of the caches,
     asking every backend took most of the 0.2 ms of a choice (AMD EPYC, 2026-11-27).
     """
-    operator = operator.removesuffix("_backward")
-    able = [b for b in _REGISTRY.values() if operator in b.operators and b.unavailable() is None]
-    modules = [backend.module(operator) for backend in able]
-    return tuple((b, m.can_run, _declines(m)) for b, m in zip(able, modules, strict=True))
+    asked = _REGISTRY.values() if name == "auto" else [get(name)]
+    forward, is_backward, _ = operator.partition("_backward")
+    able = [b for b in asked if forward in b.operators and b.unavailable() is None]
+    modules = [backend.module(forward) for backend in able]
+    return tuple(
+        _Implementation(m.can_run, _declines(m), m.backward if is_backward else m.forward)
+        for m in modules
+    )
 
 
 register(
@@ -197,21 +209,21 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
         _selected.reset(self._token)
 
 
-def choose(name: str, operator: str, arguments: Arguments) -> Backend:
-    """The backend for one call: the named one, or for `"auto"` the most preferred that can run.
+def choose(name: str, operator: str, arguments: Arguments) -> Callable[..., Any]:
+    """The implementation of `operator` (or of its backward) for one call.
 
-    Raises ValueError for an unknown name and RuntimeError with the reason where the named backend
-    cannot run the call.
+    That of the named backend, or for `"auto"` of the most preferred one that can run. Raises
+    ValueError for an unknown name and RuntimeError with the reason where the named backend cannot
+    run the call.
     """
+    for can_run, declines, run in _implementations(name, operator):
+        if can_run(arguments) is None and (
+            name != "auto" or declines is None or declines(arguments) is None
+        ):
+            return run
     if name != "auto":
-        backend = get(name)
-        reason = backend.reason_not(operator, arguments)
-        if reason is not None:
-            raise RuntimeError(f"backend {name!r} cannot run {operator} here: {reason}")
-        return backend
-    for backend, can_run, declines in _candidates(operator):
-        if can_run(arguments) is None and (declines is None or declines(arguments) is None):
-            return backend
+        reason = get(name).reason_not(operator, arguments)
+        raise RuntimeError(f"backend {name!r} cannot run {operator} here: {reason}")
     raise RuntimeError(f"no backend can run {operator} here:\n{_table(operator, arguments)}")
 
 

@@ -15,6 +15,7 @@ names the argument, what was given and what is accepted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -262,18 +263,16 @@ def multi_dilation_conv(
             f"for {count} dilations"
         )
     group = channels // (count + 1)
-    named = {}
-    for i, weight in enumerate(w_branches):
-        name = f"w_branches[{i}]"
+    kinds = ((group, group, 3, 3), (group, 1, 3, 3))
+    named = dict(zip(_branch_names(count), w_branches, strict=True))
+    for name, weight in named.items():
         _check_tensor(name, weight, 4, "(c,c,3,3) or (c,1,3,3)")
-        if tuple(weight.shape) not in ((group, group, 3, 3), (group, 1, 3, 3)):
+        if weight.shape not in kinds:
             raise ValueError(
-                f"{name} has shape {tuple(weight.shape)}; accepted: {(group, group, 3, 3)} or "
-                f"{(group, 1, 3, 3)}"
+                f"{name} has shape {tuple(weight.shape)}; accepted: {kinds[0]} or {kinds[1]}"
             )
         if weight.shape != w_branches[0].shape:
             raise ValueError(f"{name} differs in shape from w_branches[0]; all must be of one kind")
-        named[name] = weight
     _check_shape("w_point", w_point, (channels, channels), "(C,C)")
     named["w_point"] = w_point
     if bias is not None:
@@ -297,8 +296,17 @@ def multi_dilation_conv(
     return out
 
 
+@cache
+def _branch_names(count: int) -> tuple[str, ...]:
+    return tuple(f"w_branches[{i}]" for i in range(count))
+
+
 def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+# The checks pass through as little Python as they can: between kernels whose data fill the caches a
+# line takes 1 us and more. Messages are put together only where they are raised.
 
 
 def _check_tensor(name: str, tensor: Tensor, dims: int, meaning: str) -> None:
@@ -312,14 +320,15 @@ def _check_tensor(name: str, tensor: Tensor, dims: int, meaning: str) -> None:
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype in _DTYPES:
+        return
     _check_tensor(name, tensor, len(shape), f"{meaning} = {shape}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: {meaning} = {shape}")
+    raise ValueError(f"{name} has shape {tuple(tensor.shape)}; accepted: {meaning} = {shape}")
 
 
 def _check_map(x: Tensor) -> None:
     _check_tensor("x", x, 4, "(B,C,H,W)")
-    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+    if 0 in x.shape[1:]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; accepted: (B,C,H,W) with at least one channel and pixel"
         )
@@ -327,17 +336,17 @@ def _check_map(x: Tensor) -> None:
 
 def _one_dtype(name: str, first: Tensor, others: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """All tensors in one dtype: autocast's where it is on, else they must agree already."""
+    device, dtype = first.device, first.dtype
+    cast_to = autocast_dtype(device)
     for other, tensor in others.items():
-        if tensor.device != first.device:
-            raise ValueError(f"{other} is on {tensor.device}, {name} is on {first.device}")
-    tensors = (first, *others.values())
-    dtype = autocast_dtype(first.device)
-    if dtype is not None:
-        return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-    for other, tensor in others.items():
-        if tensor.dtype != first.dtype:
+        if tensor.device != device:
+            raise ValueError(f"{other} is on {tensor.device}, {name} is on {device}")
+        if tensor.dtype != dtype and cast_to is None:
             raise TypeError(
-                f"{other} is {tensor.dtype}, {name} is {first.dtype}; accepted: one dtype for all, "
+                f"{other} is {tensor.dtype}, {name} is {dtype}; accepted: one dtype for all, "
                 "or torch.autocast"
             )
+    tensors = (first, *others.values())
+    if cast_to is not None:
+        return tuple(t if t.dtype == torch.float64 else t.to(cast_to) for t in tensors)
     return tensors

@@ -39,6 +39,8 @@ def times_pixels(matrix: Tensor, pixels: Tensor) -> Tensor:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on this kind of device, or None where it is off."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import (
     TreeSpec,
@@ -32,7 +32,7 @@ _NAMESPACE = "eamnet_kernels"
 
 @cache
 def _schema(operator: str) -> torch.FunctionSchema:
-    return torch._C.parse_schema(f"{_NAMESPACE}::{SCHEMAS[operator]}")
+    return _C.parse_schema(f"{_NAMESPACE}::{SCHEMAS[operator]}")
 
 
 @cache
@@ -66,13 +66,11 @@ def _on_chosen_backend(operator: str) -> Callable[..., Any]:
     backend makes in float32 must not be cast again.
     """
     names, _ = _names_and_defaults(operator)
-    forward, suffix, _ = operator.partition("_backward")
-    method = "backward" if suffix else "forward"
 
     def kernel(*args: Any, backend: str = "auto") -> Any:
-        chosen = backends.choose(backend, operator, dict(zip(names, args, strict=True)))
-        with torch._C._DisableAutocast():
-            return getattr(chosen.module(forward), method)(*args)
+        run = backends.choose(backend, operator, dict(zip(names, args, strict=True)))
+        with _C._DisableAutocast():
+            return run(*args)
 
     return kernel
 
@@ -94,9 +92,9 @@ def call(operator: str, *args: Any, backend: str) -> Any:
     if torch.compiler.is_compiling():
         return getattr(torch.ops.eamnet_kernels, operator)(*args, backend=backend)
     function = _eager[operator]
-    if torch._C._are_functorch_transforms_active():
+    if _C._are_functorch_transforms_active():
         function = _transformable[operator]
-    elif not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+    elif not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
         return _below_autograd(operator, args, backend)
     if not any(isinstance(arg, list) for arg in args):
         return function.apply(None, backend, *args)
@@ -111,12 +109,12 @@ def _below_autograd(operator: str, args: Sequence[Any], backend: str) -> Any:
     The way through the dispatcher and back into Python costs 20 us of 50 for `gate_statistics` at
     1x8x4x4, and several times that between kernels that fill the caches (AMD EPYC, 2026-11-27).
     """
-    with torch._C._AutoDispatchBelowAutograd():
+    with _C._AutoDispatchBelowAutograd():
         if _is_plain(args) and not (
-            torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state()
+            _C._len_torch_dispatch_stack()
+            or _C._len_torch_function_stack()
+            or _C._are_functorch_transforms_active()
+            or _C._get_tracing_state()
         ):
             return _kernels[operator](*args, backend=backend)
         return getattr(torch.ops.eamnet_kernels, operator).default(*args, backend=backend)
@@ -125,10 +123,14 @@ def _below_autograd(operator: str, args: Sequence[Any], backend: str) -> Any:
 def _is_plain(args: Sequence[Any]) -> bool:
     """Whether all tensors among `args` are ordinary ones with data, not of a class of their own."""
     for arg in args:
-        if isinstance(arg, Tensor):
-            if type(arg) not in (Tensor, Parameter) or arg.is_meta:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if arg.is_meta:
                 return False
-        elif isinstance(arg, (list, tuple)) and not _is_plain(arg):
+        elif kind is list or kind is tuple:
+            if not _is_plain(arg):
+                return False
+        elif isinstance(arg, (Tensor, list, tuple)):
             return False
     return True
 
