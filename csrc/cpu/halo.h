@@ -91,6 +91,14 @@ struct Halo {
         channel_stride(panel_stride<T>((rows + 2 * shift_y) * row_stride)) {}
 
   int64_t tap(int64_t ky, int64_t kx) const { return ky * shift_y * row_stride + kx * shift_x; }
+
+  // Which ky of row y of a picture read rows of it, and not of the zeros above and below: [first, last).
+  struct Taps {
+    int64_t first, last;
+  };
+  Taps taps_inside(int64_t y, int64_t height) const {
+    return {y < dilation ? 1 : 0, y + dilation < height ? 3 : 2};
+  }
 };
 
 // Fills the panel of a tile: all channels of x, whose pictures are height × width.

@@ -134,15 +134,45 @@ FeatureMap pixel_major(T* data, int64_t channels, int64_t pixels) {
 
 // ------------------------------------------------------------------------------------ convolutions
 
+// The weights (c, c, 3, 3) of a dense branch as the left operand of convolve_dense, A[i, (ky*c + k)*3 + kx]
+// for output i and input k; for the transposed convolution, `mirrored`, the other way round.
+template <class S, class T>
+void pack_dense(const S* w, int64_t c, bool mirrored, T* packed) {
+  std::vector<T> rows(c * c * kTaps);
+  for (int64_t i = 0; i < c; ++i) {
+    for (int64_t k = 0; k < c; ++k) {
+      for (int64_t t = 0; t < kTaps; ++t) {
+        const T value = widen(mirrored ? w[(k * c + i) * kTaps + kTaps - 1 - t] : w[(i * c + k) * kTaps + t]);
+        rows[((i * 3 + t / 3) * c + k) * 3 + t % 3] = value;
+      }
+    }
+  }
+  pack_left<T>(c, c * kTaps, rows.data(), c * kTaps, 1, packed);
+}
+
+// Where in the panel the taps of all channels are, in the order of pack_dense.
+template <class T>
+void dense_offsets(const Halo<T>& halo, int64_t c, int64_t* offset) {
+  for (int64_t ky = 0; ky < 3; ++ky) {
+    for (int64_t k = 0; k < c; ++k) {
+      for (int64_t kx = 0; kx < 3; ++kx) *offset++ = k * halo.channel_stride + halo.tap(ky, kx);
+    }
+  }
+}
+
 // sink(i, r, j, y, count) for the rows r of the tile and y[j] = sum_k A[i, k] panel[offset[k] + ...j],
-// i < M: `offset` has the taps of each channel.
+// i < c. Taps above and below the picture are left out: of a dilation of 7 at 32x32 one in seven.
 template <class T, class Sink>
 void convolve_dense(
-    int64_t M, int64_t K, const Tile& tile, const Halo<T>& halo, const PackedLeft<T>& left,
-    const T* panel, const int64_t* offset, Sink&& sink) {
+    int64_t c, int64_t height, const Tile& tile, const Halo<T>& halo, const T* packed, const T* panel,
+    const int64_t* offset, Sink&& sink) {
   for (int64_t r = 0; r < tile.rows; ++r) {
+    const auto [first, last] = halo.taps_inside(tile.y + r, height);
+    const int64_t skipped = first * 3 * c;
     gemm<T>(
-        M, tile.columns, K, left, ShiftedRows<T>{panel + r * halo.row_stride, offset},
+        c, tile.columns, (last - first) * 3 * c,
+        PackedLeft<T>{packed + skipped * kRowBlock, kTaps * c},
+        ShiftedRows<T>{panel + r * halo.row_stride, offset + skipped},
         [&](int64_t i, int64_t j, auto y, auto count) __attribute__((always_inline)) {
           sink(i, r, j, y, count);
         });
@@ -212,11 +242,14 @@ void correlate(
 // x holds the pixels of the tile with their channels adjacent. The fewer loads, given enough channels.
 template <class T>
 void correlate_gemm(
-    const Tile& tile, const Halo<T>& halo, const T* gz, const int64_t* offset, const FeatureMap& x, T* sums) {
+    const Tile& tile, const Halo<T>& halo, int64_t height, const T* gz, const int64_t* offset,
+    const FeatureMap& x, T* sums) {
   const int64_t c = x.channels;
   for (int64_t r = 0; r < tile.rows; ++r) {
     const Rows<T> pixels{x.at<T>(0, 0, r * tile.columns), x.pixel_stride};
-    for (int64_t t = 0; t < kTaps; ++t) {
+    const auto [first, last] = halo.taps_inside(tile.y + r, height);
+    // `offset` is mirrored: tap t reads the rows of the panel of 2 - ky.
+    for (int64_t t = 3 * (3 - last); t < 3 * (3 - first); ++t) {
       const StridedLeft<T> shifted{gz + r * halo.row_stride + offset[t], halo.channel_stride, 1};
       gemm<T>(c, c, tile.columns, shifted, pixels, add_to(sums + t * c * c, c));
     }
@@ -225,14 +258,12 @@ void correlate_gemm(
 
 // --------------------------------------------------------------------------------------------- forward
 
-// offset[k*9 + 3 ky + kx] of tap (ky, kx) of channel k; `mirrored` for the transposed convolution.
+// offset[3 ky + kx] of tap (ky, kx) of a channel; `mirrored` for the transposed convolution.
 template <class T>
-void tap_offsets(const Halo<T>& halo, int64_t channels, bool mirrored, int64_t* offset) {
-  for (int64_t k = 0; k < channels; ++k) {
-    for (int64_t t = 0; t < kTaps; ++t) {
-      const int64_t tap = mirrored ? kTaps - 1 - t : t;
-      *offset++ = k * halo.channel_stride + halo.tap(tap / 3, tap % 3);
-    }
+void tap_offsets(const Halo<T>& halo, bool mirrored, int64_t* offset) {
+  for (int64_t t = 0; t < kTaps; ++t) {
+    const int64_t tap = mirrored ? kTaps - 1 - t : t;
+    offset[t] = halo.tap(tap / 3, tap % 3);
   }
 }
 
@@ -274,7 +305,7 @@ void forward(const MultiDilationConvForward& a) {
     if (a.depthwise) {
       for (int64_t k = 0; k < c * kTaps; ++k) to[k] = widen(w[k]);
     } else {
-      pack_left<T>(c, K, w, K, 1, to);
+      pack_dense(w, c, false, to);
     }
   }
 
@@ -285,19 +316,20 @@ void forward(const MultiDilationConvForward& a) {
   // Channels-last results are turned a few pixels at a time.
   constexpr int64_t strip = 2 * kColumnBlock<T>;
   const size_t bytes = Scratch::bytes<T>(C * stride) + Scratch::bytes<T>(panel_size<T>(a, tiling)) +
-      Scratch::bytes<int64_t>(at_once * kTaps) + Scratch::bytes<T>(channels_last ? C * strip : 0);
+      Scratch::bytes<int64_t>(K) + Scratch::bytes<T>(channels_last ? C * strip : 0);
 
   parallel_for(a.x.batch * tiling.per_sample(), bytes, [&](int64_t chunk, Scratch& scratch) {
     const Tile tile = tiling[chunk];
     T* mixed = scratch.take<T>(C * stride);  // [x0; act(z1); ...; act(zn)] of the tile
     T* panel = scratch.take<T>(panel_size<T>(a, tiling));
-    int64_t* offset = scratch.take<int64_t>(at_once * kTaps);
+    int64_t* offset = scratch.take<int64_t>(K);
     load_tile<S>(slice_channels(a.x, 0, c), tiling, tile, mixed, stride);
 
     for (int64_t i = 0; i < n; ++i) {
       const Halo<T> halo(tile.rows, tile.columns, a.dilations[i]);
       const T* w = w_branches.data() + i * branch_size;
-      tap_offsets(halo, at_once, false, offset);
+      if (a.depthwise) tap_offsets(halo, false, offset);
+      else dense_offsets(halo, c, offset);
       // Channels-last, z is stored from the whole tile below and only then activated.
       const bool store_z = save && !a.preactivation.channels_last(), turn_z = save && !store_z;
       const auto finish = [&](int64_t o, int64_t r, int64_t j, auto z, auto count)
@@ -315,7 +347,7 @@ void forward(const MultiDilationConvForward& a) {
         load_halo<S>(
             slice_channels(a.x, c + i * c + k, channels), a.height, a.width, tile, halo, panel);
         if (!a.depthwise) {
-          convolve_dense(c, K, tile, halo, PackedLeft<T>{w, K}, panel, offset, finish);
+          convolve_dense(c, a.height, tile, halo, w, panel, offset, finish);
           continue;
         }
         for (int64_t q = 0; q < channels; ++q) {
@@ -461,7 +493,7 @@ template <class S, class T = Compute<S>>
 void backward_branches(const MultiDilationConvBackward& a) {
   const int64_t C = a.x.channels, c = a.group(), n = a.branches(), K = a.depthwise ? kTaps : kTaps * c;
   const int64_t branch_size = a.depthwise ? c * kTaps : PackedLeft<T>::size(c, K);
-  std::vector<T> w_branches(n * branch_size), by_input(a.depthwise ? 0 : c * K);
+  std::vector<T> w_branches(n * branch_size);
   for (int64_t i = 0; i < n; ++i) {
     const S* w = static_cast<const S*>(a.w_branches[i]);
     T* to = w_branches.data() + i * branch_size;
@@ -469,15 +501,7 @@ void backward_branches(const MultiDilationConvBackward& a) {
       for (int64_t k = 0; k < c * kTaps; ++k) to[k] = widen(w[k]);
       continue;
     }
-    // A[input, (output, tap)]
-    for (int64_t o = 0; o < c; ++o) {
-      for (int64_t k = 0; k < c; ++k) {
-        for (int64_t t = 0; t < kTaps; ++t) {
-          by_input[(k * c + o) * kTaps + t] = widen(w[(o * c + k) * kTaps + t]);
-        }
-      }
-    }
-    pack_left<T>(c, K, by_input.data(), K, 1, to);
+    pack_dense(w, c, true, to);
   }
 
   // Twice the forward's: the tile holds two groups, not all channels.
@@ -492,22 +516,24 @@ void backward_branches(const MultiDilationConvBackward& a) {
   std::vector<T> partials(n * parts * weights, T(0));
   const int64_t pixels = tiling.rows() * tiling.columns();
   const size_t bytes = 2 * Scratch::bytes<T>(at_once * stride) +
-      Scratch::bytes<T>(panel_size<T>(a, tiling)) + Scratch::bytes<int64_t>(at_once * kTaps) +
-      Scratch::bytes<T>(by_gemm ? pixels * round_up(c, Vec<T>::width) : 0);
+      Scratch::bytes<T>(panel_size<T>(a, tiling)) + Scratch::bytes<int64_t>(kTaps) +
+      Scratch::bytes<int64_t>(a.depthwise ? 0 : K) + Scratch::bytes<T>(by_gemm ? pixels * round_up(c, Vec<T>::width) : 0);
 
   parallel_for(n * parts, bytes, [&](int64_t chunk, Scratch& scratch) {
     const int64_t i = chunk / parts, part = chunk % parts;
     T* x = scratch.take<T>(at_once * stride);
     T* turned = scratch.take<T>(at_once * stride);  // channels-last: grad_x
     T* panel = scratch.take<T>(panel_size<T>(a, tiling));
-    int64_t* offset = scratch.take<int64_t>(at_once * kTaps);
+    int64_t* offset = scratch.take<int64_t>(kTaps);
+    int64_t* all_offsets = a.depthwise ? nullptr : scratch.take<int64_t>(K);
     T* transposed_x = by_gemm ? scratch.take<T>(pixels * round_up(c, Vec<T>::width)) : nullptr;
     const T* w = w_branches.data() + i * branch_size;
     T* grad_w = partials.data() + chunk * weights;
     for (int64_t t = part * tiles / parts; t < (part + 1) * tiles / parts; ++t) {
       const Tile tile = tiling[t];
       const Halo<T> halo(tile.rows, tile.columns, a.dilations[i]);
-      tap_offsets(halo, at_once, true, offset);
+      tap_offsets(halo, true, offset);
+      if (!a.depthwise) dense_offsets(halo, c, all_offsets);
       for (int64_t k = 0; k < c; k += at_once) {
         const int64_t channels = std::min(at_once, c - k), first = c + i * c + k;
         load_halo<S>(
@@ -531,11 +557,11 @@ void backward_branches(const MultiDilationConvBackward& a) {
             correlate<1>(tile, halo, gz, offset, x + q * stride, stride, grad_w + (k + q) * kTaps);
           }
         } else {
-          convolve_dense(c, K, tile, halo, PackedLeft<T>{w, K}, panel, offset, finish);
+          convolve_dense(c, a.height, tile, halo, w, panel, all_offsets, finish);
           if (by_gemm) {
             const FeatureMap by_pixel = pixel_major(transposed_x, c, pixels);
             store_panel<T>(by_pixel, 0, 0, tile.pixels(), x, stride);
-            correlate_gemm(tile, halo, panel, offset, by_pixel, grad_w);
+            correlate_gemm(tile, halo, a.height, panel, offset, by_pixel, grad_w);
           }
           for (int64_t o = 0; o < c && !by_gemm; ++o) {
             const T* gz = panel + o * halo.channel_stride;
