@@ -138,16 +138,18 @@ FeatureMap pixel_major(T* data, int64_t channels, int64_t pixels) {
 // for output i and input k; for the transposed convolution, `mirrored`, the other way round.
 template <class S, class T>
 void pack_dense(const S* w, int64_t c, bool mirrored, T* packed) {
-  std::vector<T> rows(c * c * kTaps);
-  for (int64_t i = 0; i < c; ++i) {
-    for (int64_t k = 0; k < c; ++k) {
-      for (int64_t t = 0; t < kTaps; ++t) {
-        const T value = widen(mirrored ? w[(k * c + i) * kTaps + kTaps - 1 - t] : w[(i * c + k) * kTaps + t]);
-        rows[((i * 3 + t / 3) * c + k) * 3 + t % 3] = value;
+  const int64_t output = (mirrored ? 1 : c) * kTaps, input = (mirrored ? c : 1) * kTaps;
+  for (int64_t i = 0; i < c; i += kRowBlock) {
+    const int64_t rows = std::min<int64_t>(kRowBlock, c - i);
+    for (int64_t ky = 0; ky < 3; ++ky) {
+      for (int64_t k = 0; k < c; ++k) {
+        for (int64_t kx = 0; kx < 3; ++kx, packed += kRowBlock) {
+          const S* from = w + i * output + k * input + (mirrored ? 8 - 3 * ky - kx : 3 * ky + kx);
+          for (int64_t r = 0; r < kRowBlock; ++r) packed[r] = r < rows ? T(widen(from[r * output])) : T(0);
+        }
       }
     }
   }
-  pack_left<T>(c, c * kTaps, rows.data(), c * kTaps, 1, packed);
 }
 
 // Where in the panel the taps of all channels are, in the order of pack_dense.
