@@ -124,10 +124,17 @@ def _external_memory(case: dict[str, Any]) -> Pair:
 
 def _multi_dilation_conv(case: dict[str, Any]) -> Pair:
     b, c, n = _map(case)
-    branches = len(case.get("dilations", (3, 5, 7)))
+    height, width = case["shape"][2:]
+    dilations = case.get("dilations", (3, 5, 7))
+    branches = len(dilations)
     group = c // (branches + 1)
     inner = 1 if case.get("depthwise") else group
-    flop = b * n * (2.0 * c * c + 18.0 * branches * group * inner)
+
+    def taps(size: int, dilation: int) -> int:  # of three, those that are not padding, over a row
+        return size + 2 * max(0, size - dilation)
+
+    inside = sum(taps(height, d) * taps(width, d) for d in dilations)
+    flop = 2.0 * b * (n * c * c + inside * group * inner)
     kept = branches * b * group * n
     return (2.0 * b * c * n, flop), (3.0 * b * c * n + kept, 2 * flop)
 

@@ -2,7 +2,7 @@
 // Definition: eamnet_kernels/reference/multi_dilation_conv.py.
 //
 // With n branches of c channels, C = (n+1) c, per pixel and in multiply-adds:
-//   forward    pointwise C^2; branches 9 n c^2 dense, 9 n c depthwise
+//   forward    pointwise C^2; branches 9 n c^2 dense, 9 n c depthwise, less for taps outside the picture
 //   backward   twice that: each product is needed once for its input and once for its weights
 // and in values moved: forward reads x and writes the result, 2 C (and n c for the preactivation where
 // a backward will follow); backward reads grad_out, x and the preactivation and writes grad_x,

@@ -79,6 +79,17 @@ def test_floor_is_the_slower_of_bytes_and_operations() -> None:
     assert counted.floor(Ceilings(copy=1e30, gemm=counted.flop / 2)) == 2
 
 
+def test_floor_of_a_convolution_leaves_padding_out() -> None:
+    case = {"shape": (2, 4, 5, 6), "dilations": (3,)}
+    taps = (5 + 2 * 2) * (6 + 2 * 3)  # a dilation of 3 has two rows and three columns to either side
+    ones = torch.ones(1, 1, 5, 6)
+    kernel = torch.ones(1, 1, 3, 3)
+    inside = torch.nn.functional.conv2d(ones, kernel, padding=3, dilation=3)
+    assert taps == inside.sum()
+    flop = 2 * 2 * (5 * 6 * 4 * 4 + taps * 2 * 2)
+    assert count("multi_dilation_conv", case, "forward", 4).flop == flop
+
+
 def test_exponent_of_a_power_law() -> None:
     values = [64.0, 128, 256, 512]
     assert exponent(values, [v**2 * 1e-6 for v in values]) == pytest.approx(2)
