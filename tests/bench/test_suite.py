@@ -81,7 +81,7 @@ def test_floor_is_the_slower_of_bytes_and_operations() -> None:
 
 def test_floor_of_a_convolution_leaves_padding_out() -> None:
     case = {"shape": (2, 4, 5, 6), "dilations": (3,)}
-    taps = (5 + 2 * 2) * (6 + 2 * 3)  # a dilation of 3 has two rows and three columns to either side
+    taps = (5 + 2 * 2) * (6 + 2 * 3)  # 2 rows and 3 columns have taps inside on a side
     ones = torch.ones(1, 1, 5, 6)
     kernel = torch.ones(1, 1, 3, 3)
     inside = torch.nn.functional.conv2d(ones, kernel, padding=3, dilation=3)
