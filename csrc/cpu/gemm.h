@@ -22,7 +22,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "cpu/feature_map.h"
 #include "cpu/parallel.h"
@@ -110,18 +109,11 @@ inline PackedLeft<T> pack_left(
     int64_t M, int64_t K, const S* a, int64_t row_stride, int64_t depth_stride, T* packed, Scale scale) {
   T* out = packed;
   for (int64_t i = 0; i < M; i += kRowBlock) {
-    // In the order of `packed`: by rows of A it took 2.7 ns a value, of which small maps have few.
-    const int64_t rows = std::min<int64_t>(kRowBlock, M - i);
-    const auto fill = [&](auto count) __attribute__((always_inline)) {
-      for (int64_t k = 0; k < K; ++k, out += kRowBlock) {
-        for (int64_t r = 0; r < count; ++r) {
-          out[r] = T(widen(a[(i + r) * row_stride + k * depth_stride])) * T(scale(i + r, k));
-        }
-        for (int64_t r = count; r < kRowBlock; ++r) out[r] = T(0);
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t r = i; r < i + kRowBlock; ++r) {
+        *out++ = r < M ? T(widen(a[r * row_stride + k * depth_stride])) * T(scale(r, k)) : T(0);
       }
-    };
-    if (rows == kRowBlock) fill(std::integral_constant<int64_t, kRowBlock>{});
-    else fill(rows);
+    }
   }
   return {packed, K};
 }

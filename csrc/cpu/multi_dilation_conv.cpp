@@ -140,12 +140,13 @@ template <class S, class T>
 void pack_dense(const S* w, int64_t c, bool mirrored, T* packed) {
   const int64_t output = (mirrored ? 1 : c) * kTaps, input = (mirrored ? c : 1) * kTaps;
   for (int64_t i = 0; i < c; i += kRowBlock) {
-    const int64_t rows = std::min<int64_t>(kRowBlock, c - i);
     for (int64_t ky = 0; ky < 3; ++ky) {
       for (int64_t k = 0; k < c; ++k) {
-        for (int64_t kx = 0; kx < 3; ++kx, packed += kRowBlock) {
-          const S* from = w + i * output + k * input + (mirrored ? 8 - 3 * ky - kx : 3 * ky + kx);
-          for (int64_t r = 0; r < kRowBlock; ++r) packed[r] = r < rows ? T(widen(from[r * output])) : T(0);
+        for (int64_t kx = 0; kx < 3; ++kx) {
+          const int64_t tap = mirrored ? kTaps - 1 - 3 * ky - kx : 3 * ky + kx;
+          for (int64_t r = i; r < i + kRowBlock; ++r) {
+            *packed++ = r < c ? T(widen(w[r * output + k * input + tap])) : T(0);
+          }
         }
       }
     }
@@ -513,7 +514,7 @@ void backward_branches(const MultiDilationConvBackward& a) {
     pack_dense(w, c, true, to);
   }
 
-  // Twice the forward's: the tile holds two groups, not all channels.
+  // Twice the pixels: the tile holds two groups, not all channels.
   const Tiling tiling(a.height, a.width, 2 * tile_pixels(C));
   const int64_t stride = panel_stride<T>(tiling.rows() * tiling.columns());
   const int64_t at_once = panel_channels<T>(a), weights = c * K;
@@ -526,7 +527,8 @@ void backward_branches(const MultiDilationConvBackward& a) {
   const int64_t pixels = tiling.rows() * tiling.columns();
   const size_t bytes = 2 * Scratch::bytes<T>(at_once * stride) +
       Scratch::bytes<T>(panel_size<T>(a, tiling)) + Scratch::bytes<int64_t>(kTaps) +
-      Scratch::bytes<int64_t>(a.depthwise ? 0 : K) + Scratch::bytes<T>(by_gemm ? pixels * round_up(c, Vec<T>::width) : 0);
+      Scratch::bytes<int64_t>(a.depthwise ? 0 : K) +
+      Scratch::bytes<T>(by_gemm ? pixels * round_up(c, Vec<T>::width) : 0);
 
   parallel_for(n * parts, bytes, [&](int64_t chunk, Scratch& scratch) {
     const int64_t i = chunk / parts, part = chunk % parts;
