@@ -23,8 +23,8 @@ def declines(arguments: Arguments) -> str | None:
 
     bfloat16 with matrix tiles, which these kernels do not use: 0.64 and 0.36 times plain PyTorch's
     speed with C = 128 and 256 on one core; 1.2 times with C = 64. float32 with C = 256 on AVX-512:
-    0.90 times forward and 0.77 with backward (bench/results/xeon-2core/maps). On AVX2 it is 1.13
-    and 1.08 times in NCHW, 0.85 and 1.01 in channels-last (bench/results/epyc-2core/dense-256), so
+    0.90 times forward and 0.77 with backward (bench/results/xeon-2core/maps). On AVX2 it is 1.30
+    and 1.22 times in NCHW, 0.90 and 0.99 in channels-last (bench/results/epyc-2core/dense-256), so
     that only inference in channels-last is left out. Depthwise branches and other sizes are as fast
     or faster throughout.
     """
