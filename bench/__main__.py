@@ -47,6 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes, under two minutes")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument(
+        "--compile-mode",
+        choices=("default", "max-autotune-no-cudagraphs"),
+        default="default",
+        help="torch.compile's; the other one, for a GPU, searches up to a minute a case",
+    )
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--budget", type=float, default=None, help="seconds per case")
     parser.add_argument(
@@ -75,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parts = (options.parts or default).split(",")
     rounds = options.rounds or (9 if options.quick else 15)
     budget = options.budget or (1.0 if options.quick else 5.0)
-    compiled = not options.no_compile and not options.quick
+    compiled = None if options.no_compile or options.quick else options.compile_mode
     # For all that are compared: the floor knows nothing of pages that the system fills with zeros,
     # two thirds of a call that allocates 32 MiB.
     keep_freed_memory()
@@ -118,7 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         size, batch = (64, 2) if options.quick else (256, 8)
         rows = keep(
-            "network", network.measure(size, batch, max(3, rounds // 2), 4 * budget, compiled)
+            "network",
+            network.measure(
+                size, batch, max(3, rounds // 2), 4 * budget, compiled is not None, device
+            ),
         )
         print(f"\n{summary.network_markdown(rows)}\n")
     if "sweeps" in parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ def _logits(output: Any) -> tuple[Tensor, Tensor | None]:
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
-def _builders(compiled: bool, inference: bool) -> dict[str, Callable[[], nn.Module]]:
+def _builders(
+    compiled: bool, inference: bool, device: torch.device
+) -> dict[str, Callable[[], nn.Module]]:
     """What is compared; a name says by its words how the network is run."""
     without = EAMNetConfig(mrcf=False, cmam="none", eab=False)
     found: dict[str, Callable[[], nn.Module]] = {
@@ -57,9 +60,13 @@ def _builders(compiled: bool, inference: bool) -> dict[str, Callable[[], nn.Modu
         "without MRCF, CMAM, EAB": lambda: EAMNet(without),
         "without MRCF, CMAM, EAB, channels-last": lambda: EAMNet(without),
     }
+    if device.type == "cuda":
+        for name in list(found):
+            if "channels-last" in name:
+                found[f"{name}, autocast to bfloat16"] = found[name]
     if inference:
         found["EAM-Net, folded, channels-last"] = lambda: fold(EAMNet())
-        if native_bfloat16(torch.device("cpu")):  # elsewhere a convolution takes minutes
+        if native_bfloat16(device):  # elsewhere a convolution takes minutes
             name = "EAM-Net, folded, channels-last, bfloat16"
             found[name] = lambda: fold(EAMNet(), torch.bfloat16)
     if compiled:
@@ -70,6 +77,17 @@ def _builders(compiled: bool, inference: bool) -> dict[str, Callable[[], nn.Modu
 def _largest_error(call: Callable[[int], Any], truth: Tensor) -> float:
     got = _logits(call(0))[0]
     return float((got.double() - truth).abs().max() / truth.abs().max())
+
+
+@contextlib.contextmanager
+def _scope(plain: bool, autocast_on: torch.device | None) -> Iterator[None]:
+    """Around a call: the direct definitions instead of ours, autocast to bfloat16."""
+    with contextlib.ExitStack() as stack:
+        if plain:
+            stack.enter_context(direct_definitions())
+        if autocast_on is not None:
+            stack.enter_context(torch.autocast(autocast_on.type, torch.bfloat16))
+        yield
 
 
 def training_step(
@@ -86,31 +104,39 @@ def training_step(
     optimizer.step()
 
 
-def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -> Iterator[Record]:
-    """Training step at `batch` and inference at batch 1: ours, the direct definitions, others."""
+def measure(
+    size: int, batch: int, rounds: int, budget: float, compiled: bool, device: torch.device
+) -> Iterator[Record]:
+    """Training step at `batch` and inference at batch 1: ours, the direct definitions, others.
+
+    On a GPU as a user runs them, with the time that Python takes to queue the kernels.
+    """
     torch.manual_seed(0)
     loss_of = SegmentationLoss()
     for mode in ("inference", "training step"):
-        images = torch.rand(1 if mode == "inference" else batch, 3, size, size)
-        masks = (torch.rand(len(images), 1, size, size) > 0.5).float()
+        images = torch.rand(1 if mode == "inference" else batch, 3, size, size).to(device)
+        masks = (torch.rand(len(images), 1, size, size) > 0.5).float().to(device)
         calls: dict[str, Callable[[int], object]] = {}
         networks: dict[str, nn.Module] = {}
         errors: dict[str, float] = {}
         torch.manual_seed(0)
         with direct_definitions(), torch.no_grad():
-            truth = _logits(EAMNet().double().train(mode != "inference")(images.double()))[0]
-        for name, build in _builders(compiled, mode == "inference").items():
+            exact = EAMNet().to(device, torch.double).train(mode != "inference")
+            truth = _logits(exact(images.double()))[0]
+        for name, build in _builders(compiled, mode == "inference", device).items():
             torch.manual_seed(0)
-            network = build().train(mode != "inference")
+            network = build().to(device).train(mode != "inference")
             x = images
             if "channels-last" in name:
                 network = network.to(memory_format=torch.channels_last)
                 x = images.contiguous(memory_format=torch.channels_last)
             dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
-            x = x.to(dtype)
+            autocast = "autocast" in name
+            if not autocast:
+                x = x.to(dtype)
             networks[name] = network
             run: nn.Module = torch.compile(network) if "compile" in name else network  # type: ignore[assignment]
-            scope = direct_definitions if ", plain" in name else contextlib.nullcontext
+            scope = partial(_scope, ", plain" in name, device if autocast else None)
             optimizer = torch.optim.Adam(network.parameters())
 
             def infer(_: int, run: nn.Module = run, x: Tensor = x, scope: Any = scope) -> object:
@@ -133,11 +159,11 @@ def measure(size: int, batch: int, rounds: int, budget: float, compiled: bool) -
                 errors[name] = _largest_error(infer, truth)
                 if errors[name] > TOLERANCE[dtype]:
                     raise RuntimeError(f"{name}, {mode}: {errors[name]:.2g} off float64; not timed")
-        times = interleaved(calls, rounds, torch.device("cpu"), budget)
+        times = interleaved(calls, rounds, device, budget, graphs=False)
         parameters = sum(p.numel() for p in networks["EAM-Net"].parameters())
         for name, t in times.items():
             ratio = paired_ratio(t, times["EAM-Net"])
-            extra = peak_extra_bytes(calls[name], torch.device("cpu"))
+            extra = peak_extra_bytes(calls[name], device)
             counted = count_complexity(networks[name], (size, size))
             yield {
                 "network": name,

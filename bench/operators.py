@@ -34,6 +34,7 @@ class Row:
     p20_ms: float | None = None
     p80_ms: float | None = None
     noisy: bool = False
+    graph: bool = False  # timed as CUDA graphs
     floor_ms: float | None = None
     percent_of_floor: float | None = None
     bytes: float | None = None
@@ -84,7 +85,9 @@ class Candidate:
     backend: str | None = None
 
 
-def candidates(subject: Subject, case: Case, inputs: Inputs, compiled: bool) -> list[Candidate]:
+def candidates(
+    subject: Subject, case: Case, inputs: Inputs, compiled: str | None
+) -> list[Candidate]:
     """Ours on every backend that can run (a module: as `auto` has it), and every rival."""
     found = []
     able = ["auto"]
@@ -101,10 +104,7 @@ def candidates(subject: Subject, case: Case, inputs: Inputs, compiled: bool) -> 
         found.append(Candidate("plain, channels-last", subject.plain, True))
     if compiled:
         torch._dynamo.reset()
-        leaf = _leaves(inputs)[0]
-        # On a GPU with its own search of configurations; on a CPU that takes minutes a case.
-        mode = "max-autotune-no-cudagraphs" if leaf.is_cuda else "default"
-        function = torch.compile(subject.plain, dynamic=False, mode=mode)
+        function = torch.compile(subject.plain, dynamic=False, mode=compiled)
         found.append(Candidate("torch.compile", function))
     return found
 
@@ -162,7 +162,7 @@ def measure(
     ceilings: Ceilings,
     rounds: int,
     budget: float,
-    compiled: bool,
+    compiled: str | None,
     backend: str | None = None,
     memory: bool = True,
 ) -> Iterator[Row]:
@@ -284,6 +284,7 @@ def measure(
             rounds=len(t.seconds),
             **t.milliseconds(),
             noisy=t.spread > WIDE_SPREAD,
+            graph=t.graph,
             floor_ms=None if floor is None else 1e3 * floor,
             percent_of_floor=None if floor is None else 100 * floor / t.median,
             bytes=None if counted is None else counted.bytes,
@@ -305,7 +306,7 @@ def run(
     shape: tuple[int, ...] | None,
     rounds: int,
     budget: float,
-    compiled: bool,
+    compiled: str | None,
     backend: str | None = None,
 ) -> Iterator[Row]:
     """Rows of all that is asked for, case by case."""

@@ -31,6 +31,7 @@ class Times:
     """Seconds per call, one per round."""
 
     seconds: np.ndarray
+    graph: bool = False  # replayed as CUDA graphs
 
     @property
     def median(self) -> float:
@@ -70,11 +71,9 @@ class Clock:
     """Seconds per call of one candidate: by the wall on a CPU, by events on a GPU.
 
     On a GPU every call finds a cold L2: a buffer of twice its size is written before it, outside
-    the events. A call shorter than `GRAPH_BELOW` is replayed as a CUDA graph, one for each of its
-    `INPUT_SETS`, where it can be captured, so that what is timed is the kernels and not the queue.
+    the events. `capture` lets it be replayed as a CUDA graph, one for each of its `INPUT_SETS`, so
+    that what is timed is the kernels and not how fast Python queues them.
     """
-
-    GRAPH_BELOW = 1e-3
 
     def __init__(self, call: Call, device: torch.device) -> None:
         self.call = call
@@ -92,17 +91,16 @@ class Clock:
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self.flush = torch.empty(size, dtype=torch.int8, device=device)
             self.repetitions = min(self.repetitions, 20)
-            if once < self.GRAPH_BELOW:
-                self.graphs = self._capture()
 
-    def _capture(self) -> list[torch.cuda.CUDAGraph]:
+    def capture(self) -> bool:
+        """Make the graphs; False where a call cannot be captured."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for index in range(INPUT_SETS):
                 self.call(index)
         torch.cuda.current_stream(self.device).wait_stream(side)
-        graphs = []
+        graphs: list[torch.cuda.CUDAGraph] = []
         try:
             for index in range(INPUT_SETS):
                 graph = torch.cuda.CUDAGraph()
@@ -111,8 +109,9 @@ class Clock:
                 graphs.append(graph)
         except RuntimeError:  # it synchronizes, or allocates in a way that cannot be replayed
             torch.cuda.synchronize(self.device)
-            return []
-        return graphs
+            return False
+        self.graphs = graphs
+        return True
 
     def seconds(self, first: int) -> float:
         """Mean over this clock's repetitions, on the inputs from `first` on."""
@@ -137,15 +136,26 @@ class Clock:
 
 
 def interleaved(
-    candidates: Mapping[str, Call], rounds: int, device: torch.device, budget: float
+    candidates: Mapping[str, Call],
+    rounds: int,
+    device: torch.device,
+    budget: float,
+    graphs: bool = True,
 ) -> dict[str, Times]:
     """Time every candidate once per round; stop early when `budget` seconds are used up.
 
     Each is run twice before (compilation, allocation, choice of algorithms), once if that takes
     `LONG`. At least three rounds are made whatever the budget. The order within a round is drawn
     anew: what runs before leaves a cache and a memory behind, and must not be the same every time.
+
+    On a GPU calls are replayed as graphs if `graphs`, where all candidates can be captured: to let
+    one wait for Python and the other not would be no comparison.
     """
     clocks = {name: Clock(call, device) for name, call in candidates.items()}
+    graphs = graphs and device.type == "cuda" and all(c.capture() for c in clocks.values())
+    if not graphs:
+        for clock in clocks.values():
+            clock.graphs = []
     order = list(clocks)
     seconds: dict[str, list[float]] = {name: [] for name in order}
     draw = np.random.default_rng(0)
@@ -160,7 +170,7 @@ def interleaved(
                 break
     finally:
         gc.enable()
-    return {name: Times(np.array(values)) for name, values in seconds.items()}
+    return {name: Times(np.array(values), graphs) for name, values in seconds.items()}
 
 
 def paired_ratio(other: Times, ours: Times, resamples: int = 2000) -> Ratio:

@@ -179,6 +179,11 @@ def selected() -> str:
     return _selected.get() or _DEFAULT
 
 
+# torch.compile: the result is a constant of the traced function. What torch.compiler's decorator of
+# that name does, without importing the compiler; torch 2.11 cannot trace a ContextVar.
+selected._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
     """Ask for one backend by name, or for `"auto"`: as a call for good, or in a `with` for a while.
 

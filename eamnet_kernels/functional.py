@@ -267,7 +267,8 @@ def multi_dilation_conv(
     named = dict(zip(_branch_names(count), w_branches, strict=True))
     for name, weight in named.items():
         _check_tensor(name, weight, 4, "(c,c,3,3) or (c,1,3,3)")
-        if weight.shape not in kinds:
+        # Not `in`: torch.compile of torch 2.11 takes the shape for a tuple that is not in there.
+        if weight.shape != kinds[0] and weight.shape != kinds[1]:
             raise ValueError(
                 f"{name} has shape {tuple(weight.shape)}; accepted: {kinds[0]} or {kinds[1]}"
             )

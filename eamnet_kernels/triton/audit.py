@@ -135,12 +135,16 @@ def _meta(dtype: torch.dtype, layout: str) -> Any:
 @contextmanager
 def _precision(of_float32: str) -> Iterator[None]:
     """What torch asks of products of float32, within."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = of_float32
+    cudnn: Any = torch.backends.cudnn
+    settings = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [s.fp32_precision for s in settings]
+    for s in settings:
+        s.fp32_precision = of_float32
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        for s, precision in zip(settings, before, strict=True):
+            s.fp32_precision = precision
 
 
 def variants(

@@ -176,7 +176,7 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
     x += b * stride_b
     first = matrices + b * C * C
     second = first + B.to(tl.int64) * C * C
-    result = tile(x, row, n, C, N, stride_c, stride_n, WIDE).to(tl.float32)
+    result = tl.zeros([ROWS, PIXELS], tl.float32)
     gated = tl.zeros([ROWS, PIXELS], tl.float32)
     for start in range(0, C, CHANNELS):
         c = start + tl.arange(0, CHANNELS)
@@ -189,6 +189,8 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
         gated = tl.dot(left, right, gated, input_precision=PRECISION)
     g = tl.load(gate + b * N + n, n < N, other=0.0).to(tl.float32)
     result += g[None, :] * gated
+    # Last: it is larger than what is added to it, and every sum would be rounded at its size.
+    result += tile(x, row, n, C, N, stride_c, stride_n, WIDE).to(tl.float32)
     at = (row.to(index) * out_stride_c)[:, None] + (n.to(index) * out_stride_n)[None, :]
     inside = (row < C)[:, None] & (n < N)[None, :]
     tl.store(out + b * out_stride_b + at, result.to(out.dtype.element_ty), inside)

@@ -276,7 +276,7 @@ def forward(
         DENSE=w_branches[0].shape[1] == group and group > 1,
         HAS_BIAS=bias is not None,
         SAVE=save_for_backward,
-        PRECISION=precision(x.dtype),
+        PRECISION=precision(x.dtype, convolution=True),
         GROUP=padded,
         OUT=_padding(channels),
         WIDE=wide(x, out),
@@ -574,7 +574,7 @@ def backward(
     by_tap = _by_tap(w_branches, padded)
     key = {"channels": channels, "group": group, "inner": inner, "pixels": pixels}
     common = {
-        "PRECISION": precision(x.dtype),
+        "PRECISION": precision(x.dtype, convolution=True),
         "GROUP": padded,
         "WIDE": wide(x, grad_out, preactivation, grad_x),
     }

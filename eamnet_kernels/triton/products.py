@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -29,9 +30,15 @@ _INTERPRETED = {
 }
 
 
-def precision(dtype: torch.dtype) -> str:
-    """For `tl.dot`: products of float32 are exact unless torch is told to take TF32."""
-    asked = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+def precision(dtype: torch.dtype, convolution: bool = False) -> str:
+    """For `tl.dot`: products of float32 are exact unless torch is told to take TF32.
+
+    Torch is told so for matrix products and for convolutions apart; for the latter it is the
+    default.
+    """
+    cudnn: Any = torch.backends.cudnn
+    settings = cudnn.conv if convolution else torch.backends.cuda.matmul
+    asked = dtype == torch.float32 and settings.fp32_precision == "tf32"
     return "tf32" if asked else "ieee"
 
 
