@@ -135,16 +135,12 @@ def _meta(dtype: torch.dtype, layout: str) -> Any:
 @contextmanager
 def _precision(of_float32: str) -> Iterator[None]:
     """What torch asks of products of float32, within."""
-    cudnn: Any = torch.backends.cudnn
-    settings = (torch.backends.cuda.matmul, cudnn.conv)
-    before = [s.fp32_precision for s in settings]
-    for s in settings:
-        s.fp32_precision = of_float32
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = of_float32
     try:
         yield
     finally:
-        for s, precision in zip(settings, before, strict=True):
-            s.fp32_precision = precision
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def variants(

@@ -84,6 +84,8 @@ GATE_STATISTICS = Operator(
     {
         **{name: {"shape": shape} for name, shape in _SHAPES.items()},
         "one-channel": {"shape": (2, 1, 6, 5)},
+        # Sums long enough that adding one number after the other shows.
+        "many-channels": {"shape": (2, 256, 16, 16)},
         "ties": {"shape": (2, 12, 17, 9), "ties": True},
         "ties-across-tiles": {"shape": (1, 5, 70, 70), "ties": True},
     },
