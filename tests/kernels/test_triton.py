@@ -103,6 +103,33 @@ def test_auto_passes_the_interpreter_over() -> None:
     assert "interpreted" in str(explanation.reasons["triton"])
 
 
+@TRITON
+@COMPILED
+def test_auto_leaves_few_channels_to_the_cuda_kernels_where_they_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = BACKEND.module("multi_dilation_conv")
+
+    def declined(channels: int, dense: bool, channels_last: bool, backward: bool) -> bool:
+        x = torch.empty(1, channels, 8, 8, device="meta")
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        group = channels // 4
+        branches = [x.new_empty(group, group if dense else 1, 3, 3)] * 3
+        arguments = {"x": x, "w_branches": branches, **({"grad_out": x} if backward else {})}
+        return module.declines(arguments) is not None
+
+    monkeypatch.setattr(backends.Backend, "reason_not", lambda *_: None)
+    forms = [(d, last, back) for d in (True, False) for last in (True, False)
+             for back in (True, False)]  # fmt: skip
+    found = {c: [f for f in forms if declined(c, *f)] for c in (32, 64, 128)}
+    assert found[128] == []
+    assert found[64] == [(True, True, False), (True, False, False)]
+    assert found[32] == [f for f in forms if f[1] or f == (True, False, False)]
+    monkeypatch.setattr(backends.Backend, "reason_not", lambda *_: "they are not built")
+    assert not any(declined(32, *f) for f in forms)
+
+
 @INTERPRETED
 def test_bfloat16_is_rounded_to_nearest_even() -> None:
     import numpy as np
