@@ -179,9 +179,11 @@ def selected() -> str:
     return _selected.get() or _DEFAULT
 
 
-# torch.compile: the result is a constant of the traced function. What torch.compiler's decorator of
-# that name does, without importing the compiler; torch 2.11 cannot trace a ContextVar.
-selected._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# torch.compile before 2.14 cannot trace a ContextVar (tried: 2.11, 2.13); there the result is a
+# constant of the traced function. It is what torch.compiler.assume_constant_result does, without
+# importing the compiler.
+if torch.__version__ < "2.14":
+    selected._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
@@ -189,7 +191,7 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
 
     A named backend that cannot run a call raises and says why; only `"auto"` chooses. The choice
     belongs to the current thread and async task. In a function under `torch.compile` it is what was
-    selected when the function was traced.
+    selected when the function was traced; from torch 2.14 on another choice traces it anew.
 
     >>> use_backend("reference")                # doctest: +SKIP
     >>> with use_backend("cpu"):                # doctest: +SKIP

@@ -62,14 +62,16 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), pixel_stride(x)
 
 
-def run_length(samples: int, pixels: int, block: int) -> tuple[int, int]:
+def run_length(
+    samples: int, pixels: int, block: int, programs: int | None = None
+) -> tuple[int, int]:
     """How many blocks of pixels a program sums over, and how many programs that makes a sample.
 
-    Enough programs to fill a large card twice, but no more partial sums than that. It depends on
-    the sizes alone, so that every card adds in the same order.
+    Enough programs to fill a large card twice, or `programs` if that is less, but no more partial
+    sums than that. It depends on the sizes alone, so that every card adds in the same order.
     """
     tiles = blocks(pixels, block)
-    run = max(1, samples * tiles // _PROGRAMS)
+    run = max(1, samples * tiles // min(_PROGRAMS, programs or _PROGRAMS))
     return run, blocks(tiles, run)
 
 

@@ -109,6 +109,7 @@ def test_a_registered_backend_comes_and_goes() -> None:
         backends.unregister("negative")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="it keeps the selection of its first call")
 def test_a_compiled_function_obeys_the_selection() -> None:
     torch._dynamo.reset()
 
