@@ -33,7 +33,6 @@ from eamnet_kernels.triton.products import configured, parts_of_sum, precision, 
 # All channels of a block of pixels are one program's sums, and so are the weights of a group: more
 # would not fit its registers.
 _MOST_CHANNELS, _MOST_OF_GROUP = 256, 64
-_NAME = "multi_dilation_conv"
 
 FORWARD = Table(
     "multi_dilation_conv.forward",
@@ -102,9 +101,11 @@ def declines(arguments: Arguments) -> str | None:
     x, w_branches = arguments["x"], arguments["w_branches"]
     dense, forward = w_branches[0].shape[1] > 1, "grad_out" not in arguments
     few = 64 if dense and forward else 32 if is_channels_last(x) else 0
-    if x.shape[1] <= few and backends.get("cuda").reason_not(_NAME, arguments) is None:
-        return f"with up to {few} channels the CUDA kernels were measured faster"
-    return None
+    if x.shape[1] > few:
+        return None
+    if backends.get("cuda").reason_not("multi_dilation_conv", arguments) is not None:
+        return None
+    return f"with up to {few} channels the CUDA kernels were measured faster"
 
 
 @triton.jit
