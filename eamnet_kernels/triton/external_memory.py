@@ -30,9 +30,9 @@ from torch import Tensor
 
 from eamnet_kernels.backends import Arguments
 from eamnet_kernels.cpu import pixels_in_sequence
-from eamnet_kernels.ops.layout import empty_like
+from eamnet_kernels.ops.layout import empty_like, is_channels_last
 from eamnet_kernels.reference.external_memory import kept_channels
-from eamnet_kernels.triton import declines as declines
+from eamnet_kernels.triton import declines as declined_by_all
 from eamnet_kernels.triton import refuses
 from eamnet_kernels.triton.configurations import Configuration, Rule, Table
 from eamnet_kernels.triton.launch import blocks, launch, power_of_two, wide
@@ -92,6 +92,23 @@ def can_run(arguments: Arguments) -> str | None:
     if slots > _MOST_SLOTS:
         return f"there are {slots} slots; it takes up to {_MOST_SLOTS}"
     return refuses(arguments)
+
+
+def declines(arguments: Arguments) -> str | None:
+    """Exact products of float32, which here run without matrix instructions, in two cases.
+
+    Milliseconds of `reference` and of these kernels on an H200, batch 4, from 32 channels at
+    256x256 to 256 at 32x32 (bench/results/nvidia-h200). Forward in channels-last: 0.60 and 0.71,
+    0.23 and 0.38, 0.16 and 0.21, 0.13 and 0.16. Backward (with forward, less forward): with 64
+    channels 1.25 and 0.63, with 128 0.38 and 0.45, with 256 0.16 and 0.35; in channels-last 1.37
+    and 0.86, 0.42 and 0.72, 0.17 and 0.67.
+    """
+    reason = declined_by_all(arguments)
+    x = arguments["x"]
+    if reason is not None or x.dtype != torch.float32 or precision(x.dtype) != "ieee":
+        return reason
+    slower = x.shape[1] >= 128 if "grad_out" in arguments else is_channels_last(x)
+    return "in exact float32 reference was measured faster" if slower else None
 
 
 @triton.jit

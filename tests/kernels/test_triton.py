@@ -130,6 +130,34 @@ def test_auto_leaves_few_channels_to_the_cuda_kernels_where_they_run(
     assert not any(declined(32, *f) for f in forms)
 
 
+@TRITON
+@COMPILED
+@pytest.mark.parametrize("operator", ["external_memory", "cross_mix_channels"])
+def test_auto_leaves_exact_float32_to_reference_where_that_was_faster(
+    operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = BACKEND.module(operator)
+
+    def declined(shape: tuple[int, ...], last: bool, dtype: torch.dtype = torch.float32) -> str:
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        if last:
+            x = x.to(memory_format=torch.channels_last)
+        passes = {"forward": {"x": x}, "backward": {"x": x, "grad_out": x}}
+        return " ".join(name for name, of in passes.items() if module.declines(of) is not None)
+
+    sizes = [(4, 32, 256, 256), (4, 64, 128, 128), (4, 128, 64, 64), (4, 256, 32, 32)]
+    found = [[declined(size, last) for size in sizes] for last in (False, True)]
+    if operator == "external_memory":
+        both = "forward backward"
+        assert found == [["", "", "backward", "backward"], ["forward", "forward", both, both]]
+    else:
+        assert found == [["", "", "", "forward"], [""] * 4]
+        assert not declined((4, 256, 64, 64), False)
+    assert not any(declined(s, last, torch.bfloat16) for s in sizes for last in (False, True))
+    monkeypatch.setattr(module, "precision", lambda dtype: "tf32")
+    assert not any(declined(size, last) for size in sizes for last in (False, True))
+
+
 @INTERPRETED
 def test_bfloat16_is_rounded_to_nearest_even() -> None:
     import numpy as np
