@@ -170,6 +170,15 @@ def _parser(command: str, description: str, seeds: int) -> argparse.ArgumentPars
         "file is always kept (default: weights)",
     )
     parser.add_argument(
+        "--reuse",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="STUDY",
+        help="take over what another study has trained with the same configuration, seed and "
+        "split; may be repeated",
+    )
+    parser.add_argument(
         "--metric",
         choices=("iou", "dice", "threshold_jaccard", "hd95"),
         default="iou",
@@ -222,6 +231,7 @@ def _run(
         for seed in range(options.seeds)
         for name, overrides in variants.items()
     ]
+    study.reuse(trials, options.reuse)
     finished = study.run(trials)
     return _report(options, study.kind, []) or int(not finished)
 

@@ -327,6 +327,35 @@ class Study:
             print(f"not finished: {trial.stem}: {reason}")
         return not unfinished
 
+    def reuse(self, trials: Sequence[Trial], studies: Sequence[Path]) -> list[Trial]:
+        """Take over what other studies have trained with the same configuration, seed and split.
+
+        Returns:
+            The trials that are finished by it.
+
+        Raises:
+            ValueError: no study, or one without a finished trial.
+        """
+        others = {
+            (_training(result.configuration), result.split): result
+            for folder in studies
+            for result in read_results(folder)
+        }
+        found = []
+        for trial in trials if others else ():
+            if self._result_path(trial).is_file():
+                continue
+            words = [*self.arguments, "--data.split", "null", *trial.words]
+            configuration = yaml.safe_load(self.options.dump(self.options.parse(words)))
+            split = Split.read(self.folder / trial.split)
+            result = others.get((_training(configuration), split.hash))
+            if result is not None:
+                own = dataclasses.replace(result, name=trial.name, overrides=dict(trial.overrides))
+                own.write(self._result_path(trial))
+                print(f"trial {trial.stem}: IoU {own.mean('iou'):.4f}, trained as {result.name}")
+                found.append(trial)
+        return found
+
     def _result_path(self, trial: Trial) -> Path:
         return self.folder / "results" / f"{trial.stem}.json"
 
@@ -423,6 +452,13 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[f"{prefix}{key}"] = value
     return result
+
+
+def _training(configuration: Mapping[str, Any]) -> str:
+    """All that decides what a training comes to, beside its pictures and the machine."""
+    where = {"run_dir", "ckpt_path", *_INDIFFERENT} - {"seed_everything", "data.order_seed"}
+    values = _flat(configuration)
+    return json.dumps({key: values[key] for key in sorted(values.keys() - where)})
 
 
 def _refuse_differences(recorded: Path, text: str) -> None:

@@ -365,6 +365,22 @@ def test_same_seed_same_numbers_also_after_an_interruption(
     assert again.configuration == eight.configuration
     assert again.parts != base.parts
 
+    def none_is_left(study: Study, trial: Trial) -> Result:
+        raise AssertionError(f"{trial.stem} was trained again")
+
+    # Another study takes over what has the same configuration, whatever it is called there.
+    monkeypatch.setattr(Study, "_train", none_is_left)
+    third = ["ablate", "--variants", "fusions", "--seeds", "1", "--reuse", str(tmp_path / "a")]
+    assert main([*third, "--study", str(tmp_path / "c"), *options]) == 1
+    (cross,) = read_results(tmp_path / "c")
+    assert (cross.name, cross.overrides) == ("cross", {"model.cmam": "cross"})
+    assert cross.parts == base.parts
+    for other in (["--seed_everything", "1"], ["--data.seed", "1"], ["--model.top_k", "3"]):
+        study = Study(tmp_path / other[0], "sweep", [*options, *other])
+        study.split()
+        trial = Trial("base", int(other[0] == "--seed_everything"), {})
+        assert study.reuse([trial], [tmp_path / "a"]) == []
+
 
 def test_nuclei_by_two_folds(options: list[str], tmp_path: Path) -> None:
     """Pictures that are not of skin, read from files."""
