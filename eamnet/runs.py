@@ -193,6 +193,14 @@ class _RunCLI(LightningCLI):
             help="Let fit stop after this many epochs without a better val_dice; default: never.",
         )
         parser.add_argument(
+            "--evaluate",
+            type=bool,
+            default=True,
+            help="Whether fit ends with an evaluation of the best checkpoint on the validation "
+            "part, at native size, which takes the processor minutes where pictures are large; "
+            "`eamnet validate` makes it at any time.",
+        )
+        parser.add_argument(
             "--evaluation",
             type=str | None,
             default=None,
@@ -341,7 +349,10 @@ class _RunCLI(LightningCLI):
             return
         if self.trainer.is_global_zero:
             export_weights(self.checkpoint, self.run_dir / "best.safetensors")
-        self.evaluate("validate")
+        if self.config.evaluate:
+            self.evaluate("validate")
+        else:
+            rank_zero_info(f"not evaluated yet: eamnet validate --run_dir {self.run_dir}")
 
     def _start_from(self, name_or_path: str) -> None:
         """Give the network the weights of a file, or of the package."""

@@ -51,6 +51,7 @@ _INDIFFERENT = (
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
     "trainer.log_every_n_steps",
+    "evaluate",
     "evaluation",
     "seed_everything",
     "data.order_seed",
@@ -379,7 +380,7 @@ class Study:
         split.write(folder / "split.json")
         words = [*self.arguments, "--data.split", "null", *trial.words, "--run_dir", str(folder)]
         start = time.perf_counter()
-        runs.fit([*words, "--ckpt_path", "last"])
+        runs.fit([*words, "--ckpt_path", "last", "--evaluate", "true"])
         runs.test(words)
         seconds = time.perf_counter() - start
         configuration = yaml.safe_load((folder / "config.yaml").read_text())

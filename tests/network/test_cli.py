@@ -285,6 +285,19 @@ def test_fit_stops_early_and_takes_lightnings_options(tiny: list[str], tmp_path:
     assert max(int(row["step"]) for row in rows) == 3  # two steps of two batches in each epoch
 
 
+def test_fit_leaves_the_evaluation_to_validate_where_asked(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = ["--evaluate", "false", "--trainer.max_epochs", "1", "--run_dir", str(run)]
+    assert main(["fit", *tiny, *options]) == 0
+    assert (run / "best.safetensors").is_file()
+    assert not (run / "validation").exists()
+    assert f"eamnet validate --run_dir {run}" in "".join(capsys.readouterr())
+    assert main(["validate", "--run_dir", str(run)]) == 0
+    assert (run / "validation" / "per_image.csv").is_file()
+
+
 def test_several_classes(tiny: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["--data.num_classes", "3", "--trainer.max_epochs", "1", "--run_dir", str(run)]
