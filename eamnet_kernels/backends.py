@@ -148,7 +148,7 @@ register(
         _triton_unavailable,
     )
 )
-# After Triton: no measurement on a card says yet that these are faster there (docs/cuda.md).
+# After Triton, which passes over what these were measured to be faster at (docs/cuda.md).
 register(Backend("cuda", "CUDA C++", _cuda_unavailable, ("gate_statistics", "multi_dilation_conv")))
 register(Backend("cpu", "C++ with run-time SIMD dispatch", _native_unavailable))
 register(Backend("reference", "plain PyTorch, any device and dtype", lambda: None))
@@ -169,7 +169,9 @@ def get(name: str) -> Backend:
         ) from None
 
 
-_DEFAULT = os.environ.get("EAMNET_BACKEND", "auto")  # an unknown name is refused at the first call
+_DEFAULT = (
+    os.environ.get("EAMNET_BACKEND") or "auto"
+)  # an unknown name is refused at the first call
 
 _selected: ContextVar[str | None] = ContextVar("eamnet_kernels_backend", default=None)
 

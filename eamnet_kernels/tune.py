@@ -5,8 +5,10 @@
 
 `tune` runs a function, sees which Triton kernels it launches at which shapes, and changes their
 configurations one number at a time for as long as the function gets faster. The result is written
-to a file and used from then on for those kernels and shapes, on the same kind of card, with the
-same kernel source and the same versions of torch and Triton. Nothing searches unless asked to.
+to a file and used from then on for those kernels, on the same kind of card, with the same kernel
+source and the same versions of torch and Triton: at all shapes that have the same key, which is
+often the width of an element and one padded dimension, so tune with shapes that are used. Nothing
+searches unless asked to.
 
 The file is `tuning.json` in `$EAMNET_CACHE`, by default `~/.cache/eamnet_kernels`.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -67,6 +70,9 @@ def _found(folder: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path().read_text())
     except FileNotFoundError:
         return {}
+    except (OSError, RuntimeError, ValueError) as error:  # no home, no access, half a file
+        warnings.warn(f"results of tuning are not used: {folder}: {error}", stacklevel=2)
+        return {}
     return content
 
 
@@ -84,8 +90,13 @@ def kept(
 
 
 def neighbours(configuration: Configuration) -> Iterator[Configuration]:
-    """The configurations that differ in one number: halved or doubled, stages by one."""
+    """The configurations that differ in one number: halved or doubled, stages by one.
+
+    Not in DEPTH, the summands of one product: with more of them sums lose precision.
+    """
     for name, block in configuration.blocks.items():
+        if name == "DEPTH":
+            continue
         for changed in (block // 2, block * 2):
             if changed > 0:
                 yield replace(configuration, blocks={**configuration.blocks, name: changed})

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from eamnet_kernels.ops.layout import accumulation_dtype
-from eamnet_kernels.ops.registration import call, register, vjp_of_vjp
+from eamnet_kernels.ops.registration import call, register, saved_for_backward, vjp_of_vjp
 from eamnet_kernels.reference import cross_mix_pixels as reference
 
 
@@ -63,11 +63,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # its own sum(grad * result), which their rounded sum no longer gives.
     ctx.save_for_backward(*inputs[:7], branches, lse)
     ctx.mark_non_differentiable(branches, lse)
+    ctx.set_materialize_grads(False)
     ctx.scale = inputs[7]
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     *tensors, branches, lse = ctx.saved_tensors
+    saved_for_backward(branches, grad.numel())
     *grads, grad_gate = call(
         "cross_mix_pixels_backward", grad, *tensors, branches, lse, ctx.scale, backend=ctx.backend
     )

@@ -39,9 +39,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # Attention (S/C of x, at the usual S the size of x or more) is computed again from lse.
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
     x = ctx.saved_tensors[0]
     grads = call(
         "external_memory_backward", dense(grad, like=x), *ctx.saved_tensors, backend=ctx.backend
@@ -51,10 +54,10 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 
 def _double_backward(args: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     grad_out, *inputs, _, kept = args
-    top_k = int(kept[0].sum()) if len(kept) else 1
 
+    # Selected anew, from sums of the arguments' dtype, other channels might be kept.
     def function(x: Tensor, key: Tensor, value: Tensor, w_out: Tensor) -> Tensor:
-        return reference.direct(x, key, value, w_out, top_k)
+        return reference.direct(x, key, value, w_out, kept)
 
     grad_grad_out, grad_inputs = vjp_of_vjp(function, inputs, grad_out, grads)
     return grad_grad_out, *grad_inputs, None, None

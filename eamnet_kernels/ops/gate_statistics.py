@@ -50,14 +50,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # reading x.
     ctx.save_for_backward(output[4], output[5])
     ctx.mark_non_differentiable(output[4], output[5])
+    ctx.set_materialize_grads(False)
+    ctx.dtype = output[0].dtype
     ctx.channels_last = is_channels_last(inputs[0])
 
 
-def _backward(ctx: Any, *grads: Tensor) -> Tensor:
+def _backward(ctx: Any, *grads: Tensor | None) -> Tensor:
     pixel_argmax, channel_argmax = ctx.saved_tensors
+    like = (pixel_argmax, pixel_argmax, channel_argmax, channel_argmax)
     return call(
         "gate_statistics_backward",
-        *(g.contiguous() for g in grads[:4]),
+        *(
+            torch.zeros_like(a, dtype=ctx.dtype) if g is None else g.contiguous()
+            for g, a in zip(grads[:4], like, strict=True)
+        ),
         pixel_argmax,
         channel_argmax,
         ctx.channels_last,

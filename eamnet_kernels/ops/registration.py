@@ -121,11 +121,14 @@ def _below_autograd(operator: str, args: Sequence[Any], backend: str) -> Any:
 
 
 def _is_plain(args: Sequence[Any]) -> bool:
-    """Whether all tensors among `args` are ordinary ones with data, not of a class of their own."""
+    """Whether all tensors among `args` are ordinary ones with data, not of a class of their own.
+
+    One may also stand for the negative of its data (`z.conj().imag`): the dispatcher resolves that.
+    """
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
-            if arg.is_meta:
+            if arg.is_meta or arg.is_neg():
                 return False
         elif kind is list or kind is tuple:
             if not _is_plain(arg):
@@ -252,6 +255,12 @@ def register(
         setup_context=keep_arguments,
     )
     _make_functions(f"{operator}_backward", setup_arguments, differentiate_backward)
+
+
+def saved_for_backward(saved: Tensor, expected: int) -> None:
+    """Refuse a backward of a call that was told not to save for it."""
+    if saved.numel() == 0 < expected:
+        raise RuntimeError("this call has no backward: it was made with save_for_backward=False")
 
 
 def vjp(function: Callable[..., Any], *inputs: Tensor) -> Callable[[Any], tuple[Tensor, ...]]:

@@ -32,13 +32,19 @@ def kept_channels(scores: Tensor, top_k: int) -> Tensor:
 
 
 def direct(
-    x: Tensor, memory_key: Tensor, memory_value: Tensor, w_out: Tensor, top_k: int
+    x: Tensor, memory_key: Tensor, memory_value: Tensor, w_out: Tensor, top_k: int | Tensor
 ) -> Tensor:
-    """x (B,C,H,W), memory_key and memory_value (S,C), w_out (C,C) -> (B,C,H,W)."""
+    """x (B,C,H,W), memory_key and memory_value (S,C), w_out (C,C) -> (B,C,H,W).
+
+    `top_k`: how many channels to keep, or which, as a mask (B,C).
+    """
     attention = torch.softmax(times_pixels(memory_key, x.flatten(2)), -1)
     attention = attention / (EPSILON + attention.sum(1, keepdim=True))
     features = times_pixels(memory_value.t(), attention)
-    kept = kept_channels(features.detach().abs().sum(2), top_k)
+    if isinstance(top_k, Tensor):
+        kept = top_k
+    else:
+        kept = kept_channels(features.detach().abs().sum(2), top_k)
     features = torch.where(kept.unsqueeze(2), features, 0.0)
     return times_pixels(w_out, features).view_as(x)
 

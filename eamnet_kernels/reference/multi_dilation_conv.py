@@ -92,7 +92,8 @@ def _conv_backward(
         grad, x, weight, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], groups,
         [True, True, False],
     )  # fmt: skip
-    return grad_x, grad_weight
+    # cuDNN gives a weight's gradient as x lies.
+    return grad_x, grad_weight.contiguous()
 
 
 def backward(

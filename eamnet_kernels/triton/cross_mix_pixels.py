@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -33,6 +34,9 @@ from eamnet_kernels.triton.products import configured, precision
 _LN2 = tl.constexpr(math.log(2))
 _LOG2E = tl.constexpr(1 / math.log(2))
 _LARGEST_D = 128
+# Bytes that 16-bit heads of more than 64 channels take of a block's shared memory without Hopper's
+# instructions (docs/triton-audit.md, sm_80). GeForce cards and their kin have 101376.
+_MOST_SHARED = 106624
 
 
 def _configuration(queries: int, keys: int, warps: int, stages: int) -> Configuration:
@@ -69,10 +73,17 @@ BACKWARD_KV = Table(
 
 
 def can_run(arguments: Arguments) -> str | None:
-    dims = arguments["q_s"].shape[3]
+    q = arguments["q_s"]
+    dims = q.shape[3]
     if dims > _LARGEST_D:
         return f"a head has {dims} channels; it takes up to {_LARGEST_D}"
-    return refuses(arguments)
+    reason = refuses(arguments)
+    if reason is None and dims > 64 and q.dtype != torch.float32 and q.is_cuda:
+        card: Any = torch.cuda.get_device_properties(q.device)
+        there = card.shared_memory_per_block_optin
+        if there < _MOST_SHARED:
+            return f"a head of {dims} channels takes more shared memory than this card's {there} B"
+    return reason
 
 
 @triton.jit

@@ -394,6 +394,8 @@ def test_modes_and_kinds_of_tensors_that_dispatch(
             torch.autograd.grad([o.sum() for o in out], leaves(inputs))
     for name in (operator.name, f"{operator.name}_backward")[: 1 + grad]:
         assert names.names.count(f"eamnet_kernels.{name}.default") == 1
+    # Autograd makes no gradients of zeros for what is kept for the backward.
+    assert not [name for name in names.names if "zeros" in name]
 
     mode = FakeTensorMode()
     fakes = mapped(inputs, mode.from_tensor)
@@ -406,6 +408,48 @@ def test_modes_and_kinds_of_tensors_that_dispatch(
         assert isinstance(got[0], FakeTensor)
         assert isinstance(got[1], FakeTensor)
         assert got[2].is_meta
+
+
+@pytest.mark.parametrize(("operator", "case"), FIRST_CASES)
+def test_a_view_that_negates(operator: Operator, case: dict[str, Any], backend: str) -> None:
+    inputs = draw(operator, case, torch.float32)
+    require(backend, operator, inputs, case)
+    x = inputs[operator.layout]
+    negated = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negated.is_neg()
+    got = outputs(operator.run({**inputs, operator.layout: negated}, case))
+    torch.testing.assert_close(got, outputs(operator.run(inputs, case)))
+
+
+@pytest.mark.parametrize(("operator", "case"), FIRST_CASES)
+def test_a_result_that_nothing_depends_on(
+    operator: Operator, case: dict[str, Any], backend: str
+) -> None:
+    """Its gradient is missing, which counts as zero."""
+    inputs = draw(operator, case, torch.float32)
+    require(backend, operator, inputs, case)
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    inputs = mapped(inputs, lambda t: t.requires_grad_())
+    first, *others = outputs(operator.run(inputs, case))
+    loss = Nothing.apply(first).sum() + sum((o.square().sum() for o in others), torch.zeros(()))
+    loss.to(DEVICE).backward()
+    if others:
+        inputs_only = mapped(inputs, lambda t: t.detach().clone().requires_grad_())
+        _, *others = outputs(operator.run(inputs_only, case))
+        sum((o.square().sum() for o in others), torch.zeros((), device=DEVICE)).backward()
+        for got, expected in zip(leaves(inputs), leaves(inputs_only), strict=True):
+            torch.testing.assert_close(got.grad, expected.grad)
+    else:
+        assert all(t.grad is None or not t.grad.any() for t in leaves(inputs))
 
 
 @pytest.mark.parametrize(("operator", "case"), FIRST_CASES)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import eamnet_kernels.functional as F
+from eamnet_kernels.reference import external_memory
 
 X = torch.randn(2, 8, 4, 5)
 TOKENS = [torch.randn(2, 2, 6, 4) for _ in range(6)]
@@ -135,6 +136,42 @@ def test_good_arguments_pass() -> None:
     channels()
     memory()
     conv()
+
+
+def test_what_was_not_saved_for_has_no_backward() -> None:
+    message = r"made with save_for_backward=False"
+    tokens = [t.clone().requires_grad_() for t in TOKENS]
+    out = torch.ops.eamnet_kernels.cross_mix_pixels(*tokens, None, 0.5, False)[0]
+    with pytest.raises(RuntimeError, match=message):
+        out.sum().backward()
+    x = X.clone().requires_grad_()
+    arguments = (x, BRANCHES, POINT, None, [1, 2, 3], "relu", False)
+    out = torch.ops.eamnet_kernels.multi_dilation_conv(*arguments)[0]
+    with pytest.raises(RuntimeError, match=message):
+        out.sum().backward()
+
+
+def test_second_derivatives_are_of_the_channels_that_were_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, memory_key, memory_value, w_out = rand(2, 6, 5, 7), rand(4, 6), rand(4, 6), rand(6, 6)
+    x.requires_grad_()
+    grad = rand(2, 6, 5, 7)
+    lse = external_memory.slot_normalizers(x.flatten(2), memory_key)
+    # Not what would be selected, as where sums are rounded otherwise.
+    out = external_memory.forward(x, memory_key, memory_value, w_out, 3)
+    arguments = (grad, x, memory_key, memory_value, w_out, lse, ~out[2])
+    found = []
+    for function in (
+        torch.ops.eamnet_kernels.external_memory_backward,
+        external_memory.backward,
+    ):
+        loss = function(*arguments)[0].square().sum()
+        found += torch.autograd.grad(loss, x, retain_graph=True)
+    torch.testing.assert_close(*found)
 
 
 def test_statistics_are_named() -> None:

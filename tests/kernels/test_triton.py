@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,8 +111,14 @@ def test_auto_leaves_few_channels_to_the_cuda_kernels_where_they_run(
 ) -> None:
     module = BACKEND.module("multi_dilation_conv")
 
-    def declined(channels: int, dense: bool, channels_last: bool, backward: bool) -> bool:
-        x = torch.empty(1, channels, 8, 8, device="meta")
+    def declined(
+        channels: int,
+        dense: bool,
+        channels_last: bool,
+        backward: bool,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> bool:
+        x = torch.empty(1, channels, 8, 8, dtype=dtype, device="meta")
         if channels_last:
             x = x.to(memory_format=torch.channels_last)
         group = channels // 4
@@ -126,8 +133,33 @@ def test_auto_leaves_few_channels_to_the_cuda_kernels_where_they_run(
     assert found[128] == []
     assert found[64] == [(True, True, False), (True, False, False)]
     assert found[32] == [f for f in forms if f[1] or f == (True, False, False)]
+    assert not any(declined(32, *f, torch.float32) for f in forms)  # not measured
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "names", lambda: ("triton", "cpu", "reference"))
+        assert not any(declined(32, *f) for f in forms)
     monkeypatch.setattr(backends.Backend, "reason_not", lambda *_: "they are not built")
     assert not any(declined(32, *f) for f in forms)
+
+
+@TRITON
+@COMPILED
+def test_large_heads_need_the_shared_memory_of_a_large_card(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = BACKEND.module("cross_mix_pixels")
+
+    def reason(dims: int, dtype: torch.dtype, available: int) -> str | None:
+        card = SimpleNamespace(shared_memory_per_block_optin=available)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+        q = SimpleNamespace(shape=(1, 2, 9, dims), dtype=dtype, is_cuda=True, device="cuda")
+        found: str | None = module.can_run({"q_s": q})
+        return found
+
+    monkeypatch.setattr(module, "refuses", lambda _: None)
+    assert "takes more shared memory" in str(reason(80, torch.bfloat16, 101376))  # RTX 4090
+    assert reason(80, torch.bfloat16, 166912) is None  # A100
+    assert reason(64, torch.bfloat16, 101376) is None
+    assert reason(80, torch.float32, 101376) is None
 
 
 @TRITON
@@ -150,6 +182,8 @@ def test_auto_leaves_exact_float32_to_reference_where_that_was_faster(
     if operator == "external_memory":
         both = "forward backward"
         assert found == [["", "", "backward", "backward"], ["forward", "forward", both, both]]
+        # Not beyond what was measured: `reference` takes memory for all pixels.
+        assert not any(declined((16, 128, 256, 256), last) for last in (False, True))
     else:
         assert found == [["", "", "", "forward"], [""] * 4]
         assert not declined((4, 256, 64, 64), False)
@@ -291,6 +325,18 @@ def test_tuning_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert json.loads(tune.path().read_text()) == written
     monkeypatch.setattr(tune, "_source", lambda _: "changed")
     assert JOIN.configuration(device, tiles=9, channels=8).blocks["TILES"] == 64
+
+
+@COMPILED
+def test_results_of_tuning_that_cannot_be_read_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tuning.json").write_text("{")
+    (tmp_path / "folder" / "tuning.json").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "folder"):
+        monkeypatch.setenv("EAMNET_CACHE", str(folder))
+        with pytest.warns(UserWarning, match="results of tuning are not used"):
+            assert tune.kept(torch.device("cpu"), "a.kernel", ()) is None
 
 
 @pytest.fixture(scope="module")
