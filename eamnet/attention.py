@@ -310,7 +310,12 @@ class _Items:
 
 
 def _networks(run_dir: Sequence[str], checkpoint: Sequence[str]) -> list[_Network]:
-    sources = [Path(run, "checkpoints", "best.ckpt") for run in run_dir]
+    # Of a study's trial the weights alone are kept.
+    sources = [
+        weights if weights.is_file() else Path(run, "checkpoints", "best.ckpt")
+        for run in run_dir
+        for weights in (Path(run, "best.safetensors"),)
+    ]
     sources += map(Path, checkpoint)
     if not sources:
         raise ValueError("a network is missing: give --run_dir or --checkpoint")

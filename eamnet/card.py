@@ -84,7 +84,11 @@ def write_card(
         ValueError: float16 cannot hold the weights, changes the score, or the file is too large.
     """
     run = Path(run_dir)
-    for name, command in (("checkpoints/best.ckpt", "fit"), ("test/summary.json", "test")):
+    for name, command in (
+        ("checkpoints/best.ckpt", "fit"),
+        ("split.json", "fit"),
+        ("test/summary.json", "test"),
+    ):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run / name} is missing: do `eamnet {command}` first")
     target = Path(weights).with_suffix("")
@@ -233,7 +237,9 @@ def _facts(run: Path, model: EAMNet) -> dict[str, Any]:
         "protocol": split["protocol"],
         "split_hash": split["hash"],
         "parts": {part: len(split[part]) for part in ("train", "val", "test")},
-        "data_notes": [line.replace(root, Path(root).name) if root else line for line in notes],
+        "data_notes": [
+            line.replace(root, Path(root).name) if Path(root).name else line for line in notes
+        ],
         "num_classes": model.config.num_classes,
         "parameters": sum(p.numel() for p in model.parameters()),
         "size": config["data"]["size"],

@@ -108,8 +108,7 @@ class Evaluation:
             The summary, None in the processes other than the first.
         """
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # A distributed sampler repeats pictures to give each process as many: by id, each
-            # counts once.
+            # By id, so that each would count once if several processes had it.
             for name in ("_rows", "_bins", "_masks"):
                 parts: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(parts, getattr(self, name))

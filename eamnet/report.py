@@ -591,6 +591,13 @@ class _Evaluation:
         return tables
 
 
+def _title(folder: str) -> str:
+    """Of an evaluation on other pictures than the run's own."""
+    kind, _, name = folder.partition("-")
+    titles = {"test": f"Test on {name}", "validation": f"Validation part of {name}"}
+    return titles.get(kind, f"Evaluation {folder}")
+
+
 class _Run:
     """Reads a run folder and keeps what was missing or damaged."""
 
@@ -621,7 +628,7 @@ class _Run:
             return None
         result = _Evaluation(
             name=part,
-            title=_PARTS.get(part) or f"Test on {part.removeprefix('test-')}",
+            title=_PARTS.get(part) or _title(part),
             summary=summary,
             resolutions=_resolutions(summary["resolutions"]),
             sizes={},
@@ -752,8 +759,8 @@ def write_report(run_dir: Path | str) -> Path:
     if not folder.is_dir():
         raise NotADirectoryError(f"run_dir must be the folder of a run, got {folder}")
     run = _Run(folder)
-    others = sorted(path.name for path in folder.glob("test-*"))
-    evaluations = [e for e in map(run.evaluation, [*_PARTS, *others]) if e is not None]
+    others = {path.parent.name for path in folder.glob("*/per_image.csv")} - set(_PARTS)
+    evaluations = [e for e in map(run.evaluation, [*_PARTS, *sorted(others)]) if e is not None]
     if not evaluations:
         run.problems.append("No evaluated part: run `eamnet test` or `eamnet validate`")
     curves = run.read("metrics.csv", _read_curves, "no learning curves")

@@ -107,7 +107,7 @@ def _with_packaged_configs(arguments: list[str]) -> list[str]:
         if name == word and previous not in ("--config", "-c"):
             continue
         packaged = _CONFIGS / f"{name}.yaml"
-        if not Path(name).exists() and packaged.is_file():
+        if not Path(name).is_file() and packaged.is_file():
             result[index] = word.removesuffix(name) + str(packaged)
     return result
 
@@ -259,9 +259,11 @@ class _RunCLI(LightningCLI):
             self.evaluation_folder = home = Path(f"{self.evaluation_folder}-{data.dataset}")
         if self.command != "fit" and self.config.tta:
             self.evaluation_folder = Path(f"{self.evaluation_folder}-tta")
-        self.own_split = data.split is None
-        if self.own_split:
+        if data.split is None:
             data.split = str(home / "split.json")
+        if self.command != "fit" and home == self.run_dir and not Path(data.split).is_file():
+            # Drawn anew, it might score pictures of the training.
+            raise FileNotFoundError(f"{data.split}, the split of the run, is missing")
 
     def _find_checkpoint(self, given: str | None) -> Path | None:
         folder = self.run_dir / "checkpoints"
@@ -300,8 +302,11 @@ class _RunCLI(LightningCLI):
             if config["enable_checkpointing"] is not False and not config["fast_dev_run"]:
                 config["callbacks"] += self._checkpoint_callbacks()
             if options.early_stopping is not None:
+                every = config["check_val_every_n_epoch"] or 1
                 config["callbacks"].append(
-                    EarlyStopping("val_dice", mode="max", patience=options.early_stopping)
+                    _EarlyStopping(
+                        "val_dice", mode="max", patience=-(-options.early_stopping // every)
+                    )
                 )
             if not config["fast_dev_run"]:
                 config["callbacks"].append(_RunRecord(self))
@@ -351,8 +356,8 @@ class _RunCLI(LightningCLI):
             export_weights(self.checkpoint, self.run_dir / "best.safetensors")
         if self.config.evaluate:
             self.evaluate("validate")
-        else:
-            rank_zero_info(f"not evaluated yet: eamnet validate --run_dir {self.run_dir}")
+        elif self.trainer.is_global_zero:
+            print(f"not evaluated yet: eamnet validate --run_dir {self.run_dir}")
 
     def _start_from(self, name_or_path: str) -> None:
         """Give the network the weights of a file, or of the package."""
@@ -419,6 +424,15 @@ class Options(_RunCLI):
         return str(self.parser.dump(config, skip_unset=False))
 
 
+class _EarlyStopping(EarlyStopping):
+    """Lightning's, but a run that it ended is not trained further when resumed."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Stop before the first epoch where the checkpoint's patience was at its end."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
 class _RunRecord(Callback):
     """Writes what identifies a run into its folder before the first step."""
 
@@ -426,19 +440,22 @@ class _RunRecord(Callback):
         self.cli = cli
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Write config.yaml, versions.json and data_report.json."""
+        """Write split.json, config.yaml, versions.json and data_report.json."""
         if stage != "fit" or not trainer.is_global_zero:
             return
         folder = self.cli.run_dir
         for leftover in (folder / "checkpoints").glob(".*.tmp"):
             leftover.unlink()
         config = self.cli.config.clone()
-        # Which checkpoint a run was resumed from is no part of its configuration.
-        config.ckpt_path = None
-        if self.cli.own_split:
-            config.data.split = None
+        # Which checkpoint a run was resumed from is no part of its configuration, and the split is
+        # the run's own from now on, wherever it came from.
+        config.ckpt_path = config.data.split = None
         text = self.cli.parser.dump(config, skip_unset=False)
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            trainer.datamodule.split.write(folder / "split.json")  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise ValueError(f"{error}; training cannot go on with other pictures") from error
         (folder / "config.yaml").write_text(text)
         (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
         report = trainer.datamodule.report  # type: ignore[attr-defined]
@@ -473,7 +490,7 @@ def _default_run_dir(command: str) -> str:
     # Lightning starts the further processes of a job with the first one's environment.
     folder = os.environ.get("EAMNET_RUN_DIR") if "LOCAL_RANK" in os.environ else None
     if folder is None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
             raise ValueError(
                 "run_dir is missing: processes that are started from outside (torchrun, SLURM) "
                 "cannot agree on a date, so name the folder with --run_dir"

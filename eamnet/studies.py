@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -243,7 +243,7 @@ def _report(options: argparse.Namespace, kind: str, words: Sequence[str]) -> int
     plan = read_plan(folder, kind)
     results = read_results(folder)
     page = _PAGES[kind](results, plan, options.metric, options.part)
-    page.blocks.insert(0, _setting(results, options.part))
+    page.blocks.insert(0, _setting(results, kind, options.part))
     page.blocks += [_trials_table(results, options.part), _footer(folder, kind, options)]
     page.configuration = (folder / "config.yaml").read_text()
     print(f"\nreport: {page.write(folder)}")
@@ -523,28 +523,36 @@ _PAGES: dict[str, Callable[[list[Result], Any, str, str], Page]] = {
 # --- words and numbers ------------------------------------------------------------------------
 
 
-def _setting(results: Sequence[Result], part: str) -> str:
+def _setting(results: Sequence[Result], kind: str, part: str) -> str:
     def used(section: str, key: str) -> str:
         return "/".join(sorted({str(r.configuration[section][key]) for r in results}))
 
     images = {len({row.id for row in result.parts[part]}) for result in results}
     count = f"{min(images)} to {max(images)}" if len(images) > 1 else f"{min(images)}"
     seeds = len({result.seed for result in results})
+    trained = Counter(result.name for result in results)
+    once = sorted(name for name, trainings in trained.items() if trainings == 1)
     splits = ", ".join(sorted({result.split[:12] for result in results}))
     return (
         f"{len(results)} trainings, {seeds} {'seed' if seeds == 1 else 'seeds'}, on "
         f"{used('data', 'dataset')} at {used('data', 'size')} pixels squared, at most "
         f"{used('trainer', 'max_epochs')} epochs, batch {used('data', 'batch_size')}; scored at "
         f"native resolution on the {count} pictures of the {part} part, which "
-        + ("had no say in any training" if part == "test" else "also chose the checkpoints")
-        + f". Split hash {splits}. Intervals: {CONFIDENCE * 100:g} % by {RESAMPLES} bootstrap "
-        "draws of pictures and of seeds"
+        + ("had no say in the training" if part == "test" else "also chose the checkpoints")
+        + f". Split hash {splits}. "
         + (
-            ""
-            if seeds > 1
-            else "; with a single seed they say nothing about how another training would turn out"
+            "Intervals of a table: 95 % by bootstrap draws of pictures."
+            if kind == "kfold"
+            else f"Intervals: {CONFIDENCE * 100:g} % by {RESAMPLES} bootstrap draws of pictures "
+            "and of seeds"
+            + (
+                f"; of {', '.join(once)} there is a single training, and what another would change "
+                "is not in their intervals"
+                if once
+                else ""
+            )
+            + ". p: Wilcoxon signed-rank test over pictures, Holm-corrected within a column."
         )
-        + ". p: Wilcoxon signed-rank test over pictures, Holm-corrected within a column."
     )
 
 

@@ -53,6 +53,7 @@ _INDIFFERENT = (
     "trainer.log_every_n_steps",
     "evaluate",
     "evaluation",
+    "trainer.devices",  # one for each trial
     "seed_everything",
     "data.order_seed",
 )
@@ -215,7 +216,8 @@ class Study:
         keep: what to keep of a finished trial's run folder.
 
     Raises:
-        ValueError: the folder holds another study.
+        ValueError: the folder holds another study or something else, or trials would take several
+            devices.
     """
 
     def __init__(
@@ -229,6 +231,13 @@ class Study:
         self.arguments = list(arguments)
         self._plan: dict[str, Any] = {}
         recorded = folder / "config.yaml"
+        if folder.is_dir() and not (folder / "study.json").is_file():
+            foreign = sorted(p.name for p in folder.iterdir() if not p.match("split*.json"))
+            if foreign:
+                raise ValueError(
+                    f"{folder} is not the folder of a study and holds {foreign[0]!r}: a new study "
+                    "takes a folder that is empty or has a split.json alone"
+                )
         # Until its first trial a study may still be put right.
         begun = (folder / "trials").is_dir() or (folder / "results").is_dir()
         if begun:
@@ -237,12 +246,21 @@ class Study:
             self.arguments = ["--config", str(recorded), *self.arguments]
         self.options = runs.Options(self.arguments)
         self.config = self.options.config
+        devices = self.config.trainer.devices
+        if devices not in ("auto", 1, "1") and not (
+            isinstance(devices, list) and len(devices) == 1
+        ):
+            raise ValueError(
+                f"a study's trials are trained on one device each: trainer.devices must be 'auto', "
+                f"1 or a list of one, got {devices!r}"
+            )
         text = self.options.dump(self.config)
         if begun:
             _refuse_differences(recorded, text)
             return
-        for left_over in folder.glob("split*.json"):
-            left_over.unlink()
+        if (folder / "study.json").is_file():  # of options that are given up now
+            for left_over in folder.glob("split*.json"):
+                left_over.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(recorded, text.encode())
         self.record_plan({})
@@ -379,6 +397,8 @@ class Study:
         split = Split.read(self.folder / trial.split)
         split.write(folder / "split.json")
         words = [*self.arguments, "--data.split", "null", *trial.words, "--run_dir", str(folder)]
+        if self.config.trainer.devices == "auto":  # several would be several processes
+            words += ["--trainer.devices", "1"]
         start = time.perf_counter()
         runs.fit([*words, "--ckpt_path", "last", "--evaluate", "true"])
         runs.test(words)

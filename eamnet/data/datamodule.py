@@ -231,9 +231,6 @@ class SegmentationData(L.LightningDataModule):
         exclude = self.source.exclusions if self.exclude is None else dict.fromkeys(self.exclude)
         if self.exclude and (unknown := [i for i in self.exclude if i not in self.source]):
             raise ValueError(f"exclude: {self.source.name} has no pictures {shorten(unknown)}")
-        for picture_id in sorted(set(exclude) & {r.id for r in usable}):
-            reason = exclude[picture_id] or "listed in exclude"
-            self.report.append(f"{picture_id} left out: {reason}")
         if self.split_file is not None and Path(self.split_file).exists():
             split = self._read_split(self.split_file)
             split.check(r.id for r in usable)
@@ -242,6 +239,16 @@ class SegmentationData(L.LightningDataModule):
             if self.split_file is not None:
                 split.write(self.split_file)
         part_of = {i: part for part in PARTS for i in getattr(split, part)}
+        if self.exclude and (kept := [i for i in self.exclude if i in part_of]):
+            raise ValueError(
+                f"exclude: {shorten(kept)} stand in the split file {self.split_file}, which was "
+                "drawn before; give another file or run_dir"
+            )
+        for picture_id in sorted(set(exclude) & {r.id for r in usable}):
+            reason = exclude[picture_id] or "listed in exclude"
+            part = part_of.get(picture_id)
+            fate = "left out:" if part is None else f"is in the split file's {part} part though"
+            self.report.append(f"{picture_id} {fate} {reason}")
         unused = sorted({r.id for r in usable} - set(part_of) - set(exclude))
         if unused:
             self.report.append(f"{len(unused)} pictures are in no part: {shorten(unused)}")
@@ -267,6 +274,12 @@ class SegmentationData(L.LightningDataModule):
             raise ValueError(
                 f"split file {path} was drawn as {split.protocol!r}, but protocol is "
                 f"{self.protocol!r}; give another file or leave protocol at 'auto'"
+            )
+        fold = f"fold {self.fold} of {self.folds}, "
+        if self.protocol == "kfold" and not split.protocol.startswith(fold):
+            raise ValueError(
+                f"split file {path} was drawn as {split.protocol!r}, but fold is {self.fold} and "
+                f"folds {self.folds}; give another file"
             )
         return split
 

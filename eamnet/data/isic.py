@@ -60,25 +60,24 @@ EXCLUSIONS: dict[int, dict[str, str]] = {
 
 #: Pictures of one lesion, mostly the same photograph in other colours, that must not be divided
 #: between training and scores: found by their content (`eamnet/data/overlap.py`), then by eye.
-GROUPS: dict[int, tuple[tuple[str, ...], ...]] = {
-    2017: (
-        ("ISIC_0012127", "ISIC_0012970"),
-        ("ISIC_0000157", "ISIC_0014946"),
-        ("ISIC_0000171", "ISIC_0015124"),
-        ("ISIC_0000215", "ISIC_0015313"),
-        ("ISIC_0000164", "ISIC_0014795"),
-        ("ISIC_0000165", "ISIC_0014788"),
-        ("ISIC_0000204", "ISIC_0014748"),
-        ("ISIC_0000205", "ISIC_0014742"),
-        ("ISIC_0000206", "ISIC_0014739"),
-        ("ISIC_0000222", "ISIC_0014846"),
-        ("ISIC_0000225", "ISIC_0014778"),
-        ("ISIC_0000229", "ISIC_0014771"),
-        ("ISIC_0012290", "ISIC_0013594"),
-        ("ISIC_0012672", "ISIC_0012673"),
-        ("ISIC_0012756", "ISIC_0013184"),
-    ),
-}
+#: In 2017; the archive's ids are the same in every year.
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("ISIC_0012127", "ISIC_0012970"),
+    ("ISIC_0000157", "ISIC_0014946"),
+    ("ISIC_0000171", "ISIC_0015124"),
+    ("ISIC_0000215", "ISIC_0015313"),
+    ("ISIC_0000164", "ISIC_0014795"),
+    ("ISIC_0000165", "ISIC_0014788"),
+    ("ISIC_0000204", "ISIC_0014748"),
+    ("ISIC_0000205", "ISIC_0014742"),
+    ("ISIC_0000206", "ISIC_0014739"),
+    ("ISIC_0000222", "ISIC_0014846"),
+    ("ISIC_0000225", "ISIC_0014778"),
+    ("ISIC_0000229", "ISIC_0014771"),
+    ("ISIC_0012290", "ISIC_0013594"),
+    ("ISIC_0012672", "ISIC_0012673"),
+    ("ISIC_0012756", "ISIC_0013184"),
+)
 
 #: Optional table (columns ``id``, ``width``, ``height``) in the root of a downsized copy: the
 #: pictures' original sizes. Results are then reported at those sizes.
@@ -120,7 +119,7 @@ class IsicSource(FileSource):
         if not found:
             raise ValueError(_explain_nothing_found(root, year, wanted, folders))
         sizes = _native_sizes(root / NATIVE_SIZES)
-        group_of = {i: f"duplicates-{g[0]}" for g in GROUPS.get(year, ()) for i in g}
+        group_of = {i: f"duplicates-{g[0]}" for g in GROUPS for i in g}
         records: list[Record] = []
         report: list[str] = []
         for name in found:

@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 
 from eamnet import cli, doctor
 from eamnet.cli import main
+from eamnet.data import Split
 from eamnet.metrics import read_csv, read_summary
 from eamnet.model import EAMNet
+from eamnet.report import write_report
 
 CONFIGS = sorted(p.stem for p in (Path(cli.__file__).parent / "configs").glob("*.yaml"))
 
@@ -217,6 +219,33 @@ def test_test_evaluates_the_test_part_and_says_where(
     assert f"{dice['dice']['value']:.4f}" in said
 
 
+def test_a_run_keeps_the_split_that_it_was_given(
+    tiny: list[str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, run = tmp_path / "mine.json", tmp_path / "run"
+    split = Split.read(trained / "split.json")
+    Split(split.dataset, split.protocol, 0, split.train, split.test, split.val).write(given)
+    words = ["--data.split", str(given), "--trainer.max_epochs", "1", "--run_dir", str(run)]
+    assert main(["fit", *tiny, *words, "--evaluate", "false"]) == 0
+    given.unlink()
+    assert main(["test", "--run_dir", str(run)]) == 0
+    assert {row.id for row in read_csv(run / "test" / "per_image.csv")} == set(split.val)
+    (run / "split.json").unlink()
+    capsys.readouterr()
+    assert main(["test", "--run_dir", str(run)]) == 2
+    assert "split.json, the split of the run, is missing" in capsys.readouterr().err
+    assert not (run / "split.json").exists()
+
+
+def test_a_folder_named_like_a_configuration_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ph2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "ph2", "--data.root", "ph2"]) == 2
+    assert "holds no" in capsys.readouterr().err
+
+
 def test_another_data_set_is_evaluated_in_its_own_place(trained: Path, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(trained, run)
@@ -232,6 +261,11 @@ def test_another_data_set_is_evaluated_in_its_own_place(trained: Path, tmp_path:
     words = ["--data.dataset", "folder", "--data.root", str(other), "--data.protocol", "external"]
     assert main(["test", "--run_dir", str(run), *words]) == 0
     assert len(read_csv(run / "test-folder" / "per_image.csv")) == 6
+    shutil.copytree(trained / "validation", run / "test-tta")
+    write_report(run)
+    report = (run / "report.html").read_text()
+    for title in ("Test on folder", "Test part, test-time augmentation", "Validation part"):
+        assert report.count(f"{title}: all metrics</h2>") == 1
     assert not (run / "test").exists()
     assert (run / "split.json").read_text() == (trained / "split.json").read_text()
 
@@ -283,6 +317,10 @@ def test_fit_stops_early_and_takes_lightnings_options(tiny: list[str], tmp_path:
         rows = list(csv.DictReader(file))
     assert max(int(row["epoch"]) for row in rows) == 1
     assert max(int(row["step"]) for row in rows) == 3  # two steps of two batches in each epoch
+    # What was ended is not taken up again.
+    before = (run / "metrics.csv").read_text()
+    assert main(["fit", "--run_dir", str(run), "--ckpt_path", "last"]) == 0
+    assert (run / "metrics.csv").read_text() == before
 
 
 def test_fit_leaves_the_evaluation_to_validate_where_asked(

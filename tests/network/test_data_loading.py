@@ -406,6 +406,13 @@ def test_parts_exclusions_and_folds(tmp_path):
     data.setup()
     assert len(data.split.train + data.split.val + data.split.test) == 19
     assert "ISIC_0000003 left out: listed in exclude" in data.report
+    drawn = SegmentationData("isic2018", split=str(tmp_path / "fold0.json"), **options)
+    drawn.setup()
+    again = {**options, "split": drawn.split_file}
+    with pytest.raises(ValueError, match=r"was drawn as 'fold 0 of 5.*but fold is 1 and folds 5"):
+        SegmentationData("isic2018", fold=1, **again).setup()
+    with pytest.raises(ValueError, match="exclude: ISIC_0000003 stand in the split file"):
+        SegmentationData("isic2018", exclude=["ISIC_0000003"], **again).setup()
     with pytest.raises(ValueError, match="has \\['train', 'test'\\], not \\['val'\\]"):
         SegmentationData("isic2018", root=str(tmp_path), parts=["val"]).setup()
     with pytest.raises(ValueError, match="exclude: isic2018 has no pictures ISIC_3"):

@@ -125,6 +125,7 @@ def test_ablate_trains_every_subset_of_the_modules_once(
     assert f"{full - base:+.4f} [" in row
     eab = next(line for line in text.splitlines() if line.startswith("| EAB"))
     assert "| +0.0000 [−0.0" in eab
+    assert "a single training" not in text
     assert "| 1.000 |" in eab
     html = (tmp_path / "s" / "report.html").read_text()
     assert "data:image/png" in html
@@ -141,6 +142,8 @@ def test_a_failing_trial_is_named_and_tried_again(
     assert main([*words, *options]) == 1
     assert trainings.done == ["cross-0", "parallel-0"]
     assert "not finished: serial-0: RuntimeError: out of memory" in capsys.readouterr().out
+    report = (tmp_path / "s" / "report.html").read_text()
+    assert "of cross, parallel there is a single training" in report
     trainings.fail.clear()
     assert main(words) == 0  # the folder's own configuration is enough; nothing is trained twice
     assert trainings.done == ["cross-0", "parallel-0", "serial-0"]
@@ -193,11 +196,28 @@ def test_what_would_not_compare_is_refused(options: list[str], tmp_path: Path) -
         Study(tmp_path, "sweep", ["--model.learning_rate", "0.1"])
     with pytest.raises(ValueError, match="of the kind 'sweep'"):
         Study(tmp_path, "kfold", options)
+    with pytest.raises(ValueError, match=r"trainer.devices must be 'auto', 1 or a list of one"):
+        Study(tmp_path / "several", "sweep", [*options, "--trainer.devices", "2"])
     other = tmp_path / "other.json"
     split = Split.read(tmp_path / "split.json")
     Split(split.dataset, split.protocol, 1, split.train, split.val, split.test).write(other)
     with pytest.raises(ValueError, match="holds another split"):
         Study(tmp_path, "sweep", ["--data.split", str(other), "--data.num_workers", "1"]).split()
+
+
+def test_a_new_study_spares_what_is_in_the_folder(options: list[str], tmp_path: Path) -> None:
+    drawn = Study(tmp_path / "first", "sweep", options).split()
+    run, shared = tmp_path / "run", tmp_path / "shared"
+    for folder in (run, shared):
+        Split("synthetic", "mine", 0, drawn.train, drawn.test, drawn.val).write(
+            folder / "split.json"
+        )
+    (run / "config.yaml").write_text("of a run")
+    with pytest.raises(ValueError, match=r"not the folder of a study and holds 'config.yaml'"):
+        Study(run, "sweep", options)
+    assert (run / "config.yaml").read_text() == "of a run"
+    options = [word if word != "random" else "auto" for word in options]
+    assert Study(shared, "sweep", options).split().test == drawn.val
 
 
 def test_results_read_back_as_they_were(
