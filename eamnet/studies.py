@@ -534,11 +534,12 @@ def _setting(results: Sequence[Result], kind: str, part: str) -> str:
     once = sorted(name for name, trainings in trained.items() if trainings == 1)
     splits = ", ".join(sorted({result.split[:12] for result in results}))
     epochs = used("trainer", "max_epochs")
+    at_most = f"{epochs} {'epoch' if epochs == '1' else 'epochs'}"
     return (
         f"{len(results)} trainings, {seeds} {'seed' if seeds == 1 else 'seeds'}, on "
         f"{used('data', 'dataset')} at {used('data', 'size')} pixels squared, at most "
-        f"{epochs} {'epoch' if epochs == '1' else 'epochs'}, batch {used('data', 'batch_size')}; scored at "
-        f"native resolution on the {count} pictures of the {part} part, which "
+        f"{at_most}, batch {used('data', 'batch_size')}; scored at native "
+        f"resolution on the {count} pictures of the {part} part, which "
         + ("had no say in the training" if part == "test" else "also chose the checkpoints")
         + f". Split hash {splits}. "
         + (
