@@ -21,12 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import compare, freed_memory, precision, readme, results, summary
 from bench.__main__ import main
 from bench.floor import Ceilings, count
-from bench.operators import measure
+from bench.operators import describe, measure
 from bench.results import Record
 from bench.subjects import SUBJECTS
 from bench.sweeps import exponent, fits
+from bench.test_bench import cases
 from bench.timing import Times, interleaved, paired_ratio, peak_extra_bytes
 from eamnet.data import SegmentationData, Split
+from eamnet_kernels.ops.schemas import SCHEMAS
 
 CPU = torch.device("cpu")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -226,6 +228,20 @@ def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_tables_in_the_pages_are_those_of_the_result_files() -> None:
     assert readme.main(["--check"]) == 0
+
+
+def test_pytest_benchmark_times_operators() -> None:
+    command = [sys.executable, "-m", "pytest", "bench/test_bench.py", "--benchmark-disable", "-q"]
+    names = f"gate_statistics and {describe(SUBJECTS['gate_statistics'].cases[-1])}"
+    ran = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "-k", names],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert ran.returncode == 0, ran.stdout
+    operators = {param.values[0].operator for param in cases()}
+    assert operators == {name for name in SCHEMAS if not name.endswith("_backward")}
 
 
 def test_a_table_is_renewed_between_its_marks(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
