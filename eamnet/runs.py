@@ -261,9 +261,10 @@ class _RunCLI(LightningCLI):
             self.evaluation_folder = Path(f"{self.evaluation_folder}-tta")
         if data.split is None:
             data.split = str(home / "split.json")
-        if self.command != "fit" and home == self.run_dir and not Path(data.split).is_file():
-            # Drawn anew, it might score pictures of the training.
-            raise FileNotFoundError(f"{data.split}, the split of the run, is missing")
+            own = self.command != "fit" and home == self.run_dir
+            if own and not Path(data.split).is_file():
+                # Drawn anew, it might score pictures of the training.
+                raise FileNotFoundError(f"{data.split}, the split of the run, is missing")
 
     def _find_checkpoint(self, given: str | None) -> Path | None:
         folder = self.run_dir / "checkpoints"
