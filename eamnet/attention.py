@@ -310,12 +310,10 @@ class _Items:
 
 
 def _networks(run_dir: Sequence[str], checkpoint: Sequence[str]) -> list[_Network]:
-    # Of a study's trial the weights alone are kept.
-    sources = [
-        weights if weights.is_file() else Path(run, "checkpoints", "best.ckpt")
-        for run in run_dir
-        for weights in (Path(run, "best.safetensors"),)
-    ]
+    sources = []
+    for run in run_dir:
+        weights = Path(run, "best.safetensors")  # of a study's trial they alone are kept
+        sources.append(weights if weights.is_file() else Path(run, "checkpoints", "best.ckpt"))
     sources += map(Path, checkpoint)
     if not sources:
         raise ValueError("a network is missing: give --run_dir or --checkpoint")

@@ -169,9 +169,8 @@ def get(name: str) -> Backend:
         ) from None
 
 
-_DEFAULT = (
-    os.environ.get("EAMNET_BACKEND") or "auto"
-)  # an unknown name is refused at the first call
+# An unknown name is refused at the first call.
+_DEFAULT = os.environ.get("EAMNET_BACKEND") or "auto"
 
 _selected: ContextVar[str | None] = ContextVar("eamnet_kernels_backend", default=None)
 

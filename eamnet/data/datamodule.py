@@ -247,7 +247,7 @@ class SegmentationData(L.LightningDataModule):
         for picture_id in sorted(set(exclude) & {r.id for r in usable}):
             reason = exclude[picture_id] or "listed in exclude"
             part = part_of.get(picture_id)
-            fate = "left out:" if part is None else f"is in the split file's {part} part though"
+            fate = "left out:" if part is None else f"is in the split file's {part} part:"
             self.report.append(f"{picture_id} {fate} {reason}")
         unused = sorted({r.id for r in usable} - set(part_of) - set(exclude))
         if unused:

@@ -80,9 +80,8 @@ def can_run(arguments: Arguments) -> str | None:
 def declines(arguments: Arguments) -> str | None:
     """Exact products of float32 over few pixels of many channels in NCHW, forward.
 
-    0.36 ms, and 0.30 for `reference`, at 4x256x32x32 on an H200, whose share is the C x C algebra;
-    0.33 and 0.43 at 4x128x64x64, and 0.26 and 0.30 at 4x256x32x32 in channels-last
-    (bench/results/nvidia-h200).
+    Milliseconds of `reference` and of these kernels on an H200: 0.30 and 0.36 at 4x256x32x32, in
+    channels-last 0.30 and 0.26; 0.43 and 0.33 at 4x128x64x64 (bench/results/nvidia-h200).
     """
     reason = declined_by_all(arguments)
     x = arguments["x"]
