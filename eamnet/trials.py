@@ -44,7 +44,9 @@ Keep = Literal["weights", "all", "nothing"]
 SCHEMA = 1
 
 #: Options that decide where and how a training runs and not what comes out of it.
-_INDIFFERENT = (
+_WHERE = (
+    "run_dir",
+    "ckpt_path",
     "data.root",
     "data.cache_dir",
     "data.num_workers",
@@ -54,9 +56,10 @@ _INDIFFERENT = (
     "evaluate",
     "evaluation",
     "trainer.devices",  # one for each trial
-    "seed_everything",
-    "data.order_seed",
 )
+
+#: What the trials of a study may differ in, whatever is compared.
+_INDIFFERENT = (*_WHERE, "seed_everything", "data.order_seed")
 
 #: What the split is drawn from: the same for all trials of a study.
 SPLIT_OPTIONS = tuple(
@@ -231,7 +234,8 @@ class Study:
         self.arguments = list(arguments)
         self._plan: dict[str, Any] = {}
         recorded = folder / "config.yaml"
-        if folder.is_dir() and not (folder / "study.json").is_file():
+        known = (folder / "study.json").is_file()
+        if folder.is_dir() and not known:
             foreign = sorted(p.name for p in folder.iterdir() if not p.match("split*.json"))
             if foreign:
                 raise ValueError(
@@ -258,7 +262,7 @@ class Study:
         if begun:
             _refuse_differences(recorded, text)
             return
-        if (folder / "study.json").is_file():  # of options that are given up now
+        if known:  # of options that are given up now
             for left_over in folder.glob("split*.json"):
                 left_over.unlink()
         folder.mkdir(parents=True, exist_ok=True)
@@ -477,9 +481,8 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _training(configuration: Mapping[str, Any]) -> str:
     """All that decides what a training comes to, beside its pictures and the machine."""
-    where = {"run_dir", "ckpt_path", *_INDIFFERENT} - {"seed_everything", "data.order_seed"}
     values = _flat(configuration)
-    return json.dumps({key: values[key] for key in sorted(values.keys() - where)})
+    return json.dumps({key: values[key] for key in sorted(values.keys() - set(_WHERE))})
 
 
 def _refuse_differences(recorded: Path, text: str) -> None:
