@@ -28,12 +28,9 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
     # The Gram matrices (3 C/N of x) save the backward one pass over x.
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 7
+def _backward(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
     x = ctx.saved_tensors[0]
     return call(
         "cross_mix_channels_backward",

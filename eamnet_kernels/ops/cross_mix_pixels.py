@@ -63,13 +63,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # its own sum(grad * result), which their rounded sum no longer gives.
     ctx.save_for_backward(*inputs[:7], branches, lse)
     ctx.mark_non_differentiable(branches, lse)
-    ctx.set_materialize_grads(False)
     ctx.scale = inputs[7]
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 9
+def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     *tensors, branches, lse = ctx.saved_tensors
     saved_for_backward(branches, grad.numel())
     *grads, grad_gate = call(

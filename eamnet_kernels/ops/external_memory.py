@@ -39,12 +39,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # Attention (S/C of x, at the usual S the size of x or more) is computed again from lse.
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 5
+def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     x = ctx.saved_tensors[0]
     grads = call(
         "external_memory_backward", dense(grad, like=x), *ctx.saved_tensors, backend=ctx.backend

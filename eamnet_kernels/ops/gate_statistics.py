@@ -50,7 +50,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # reading x.
     ctx.save_for_backward(output[4], output[5])
     ctx.mark_non_differentiable(output[4], output[5])
-    ctx.set_materialize_grads(False)
     ctx.dtype = output[0].dtype
     ctx.channels_last = is_channels_last(inputs[0])
 

@@ -61,14 +61,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     # The preactivation costs n/(n+1) of x to keep and, dense, most of the forward to compute again.
     ctx.save_for_backward(x, w_point, output[1], *w_branches)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: object) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, _: object) -> tuple[Any, ...]:
     x, w_point, preactivation, *w_branches = ctx.saved_tensors
-    if grad is None:
-        return None, [None] * len(w_branches), None, None, None, None, None
     saved_for_backward(preactivation, x.numel() * len(w_branches))
     grad_x, grad_branches, grad_point, grad_bias = call(
         "multi_dilation_conv_backward",

@@ -38,6 +38,7 @@ from eamnet_kernels.triton.configurations import Configuration, Rule, Table
 from eamnet_kernels.triton.launch import blocks, launch, wide
 from eamnet_kernels.triton.products import (
     configured,
+    exact_float32,
     precision,
     run_length,
     strides,
@@ -85,7 +86,7 @@ def declines(arguments: Arguments) -> str | None:
     """
     reason = declined_by_all(arguments)
     x = arguments["x"]
-    if reason is not None or x.dtype != torch.float32 or precision(x.dtype) != "ieee":
+    if reason is not None or not exact_float32(x):
         return reason
     few = x.shape[1] >= 256 and x.shape[0] * x.shape[2] * x.shape[3] <= 4096
     if few and "grad_out" not in arguments and not is_channels_last(x):

@@ -38,6 +38,7 @@ from eamnet_kernels.triton.configurations import Configuration, Rule, Table
 from eamnet_kernels.triton.launch import blocks, launch, power_of_two, wide
 from eamnet_kernels.triton.products import (
     configured,
+    exact_float32,
     precision,
     run_length,
     strides,
@@ -108,7 +109,7 @@ def declines(arguments: Arguments) -> str | None:
     """
     reason = declined_by_all(arguments)
     x = arguments["x"]
-    if reason is not None or x.dtype != torch.float32 or precision(x.dtype) != "ieee":
+    if reason is not None or not exact_float32(x):
         return reason
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if "grad_out" in arguments:

@@ -41,6 +41,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if asked else "ieee"
 
 
+def exact_float32(x: Tensor) -> bool:
+    """Whether products of `x` are exact ones of float32, which matrix instructions do not make."""
+    return x.dtype == torch.float32 and precision(x.dtype) == "ieee"
+
+
 def configured(table: Table, x: Tensor, **key: int) -> Configuration:
     """A table's configuration for the width of the elements of `x`, by which tables tell matrix
     instructions from exact float32, and `key`.

@@ -469,6 +469,36 @@ def test_func_grad(operator: Operator, case: dict[str, Any], backend: str) -> No
     torch.testing.assert_close(got, second)
 
 
+@pytest.mark.parametrize(("operator", "case"), FIRST_CASES)
+def test_no_gradient_comes_in(operator: Operator, case: dict[str, Any], backend: str) -> None:
+    """From what the results went into: then none goes out, and no backward runs."""
+
+    class Ends(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *values: Tensor) -> tuple[Tensor, ...]:
+            return tuple(value.clone() for value in values)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+            return (None,) * len(grads)
+
+    inputs = draw(operator, case, torch.float32)
+    require(backend, operator, inputs, case)
+    inputs = mapped(inputs, lambda t: t.contiguous().requires_grad_())
+    called = getattr(torch.ops.eamnet_kernels, operator.name)
+    for results in (
+        operator.run(inputs, case),
+        called(*operator.raw(inputs, case), backend=backend),  # past `functional`
+    ):
+        ended = Ends.apply(*(out for out in outputs(results) if out.requires_grad))
+        everything = sum((t.sum() for t in (*ended, *leaves(inputs))), torch.zeros(()))
+        with _Names() as calls:
+            grads = torch.autograd.grad(everything, leaves(inputs))
+        assert not [name for name in calls.names if name.startswith("eamnet_kernels")]
+        for grad in grads:
+            assert grad.eq(1).all()
+
+
 def test_compile_gives_the_same_values_and_gradients(backend: str) -> None:
     """All operators in one graph, without breaks, at two sizes with dynamic shapes."""
     torch.use_deterministic_algorithms(False)
