@@ -19,7 +19,7 @@ from pathlib import Path
 from bench import results, summary, sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/benchmarks.md", "docs/training.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/results.md", "docs/training.md")
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 _MARKDOWN: dict[str, Callable[[list[results.Record]], str]] = {
@@ -28,6 +28,7 @@ _MARKDOWN: dict[str, Callable[[list[results.Record]], str]] = {
     "sweeps": lambda rows: summary.sweeps_markdown(sweeps.fits(rows)),
     "freed_memory": summary.freed_memory_markdown,
     "precision": summary.precision_markdown,
+    "magnified": summary.magnified_markdown,
 }
 """The table of a result file by its name."""
 

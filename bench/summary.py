@@ -177,3 +177,24 @@ def precision_markdown(rows: list[Record]) -> str:
             f"[{r['dice_low']:.4f}, {r['dice_high']:.4f}] | {change} | {r['largest_change']:.4f} |"
         )
     return "\n".join(lines)
+
+
+def magnified_markdown(rows: list[Record]) -> str:
+    """Mean Dice per picture of networks on pictures cropped about their lesion, by factor."""
+    lines = [
+        "| magnified | lesion's share, median | network | mean Dice [95 %] | change [95 %] "
+        "| failed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        change = (
+            "–"
+            if r["change"] is None
+            else f"{r['change']:+.4f} [{r['change_low']:+.4f}, {r['change_high']:+.4f}]"
+        )
+        lines.append(
+            f"| {r['factor']:g}× | {r['median_share']:.0%} | {r['network']} | {r['dice']:.4f} "
+            f"[{r['dice_low']:.4f}, {r['dice_high']:.4f}] | {change} | {r['failed']} of "
+            f"{r['pictures']} |"
+        )
+    return "\n".join(lines)

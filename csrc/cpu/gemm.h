@@ -102,25 +102,19 @@ struct StridedLeft {
   }
 };
 
-// Packs A[i, k] = scale(i, k) * a[i*row_stride + k*depth_stride] into PackedLeft<T>::size(M, K)
-// values at `packed`.
-template <class T, class S, class Scale>
+// Packs A[i, k] = a[i*row_stride + k*depth_stride] into PackedLeft<T>::size(M, K) values at `packed`.
+template <class T, class S>
 inline PackedLeft<T> pack_left(
-    int64_t M, int64_t K, const S* a, int64_t row_stride, int64_t depth_stride, T* packed, Scale scale) {
+    int64_t M, int64_t K, const S* a, int64_t row_stride, int64_t depth_stride, T* packed) {
   T* out = packed;
   for (int64_t i = 0; i < M; i += kRowBlock) {
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t r = i; r < i + kRowBlock; ++r) {
-        *out++ = r < M ? T(widen(a[r * row_stride + k * depth_stride])) * T(scale(r, k)) : T(0);
+        *out++ = r < M ? T(widen(a[r * row_stride + k * depth_stride])) : T(0);
       }
     }
   }
   return {packed, K};
-}
-template <class T, class S>
-inline PackedLeft<T> pack_left(
-    int64_t M, int64_t K, const S* a, int64_t row_stride, int64_t depth_stride, T* packed) {
-  return pack_left<T>(M, K, a, row_stride, depth_stride, packed, [](int64_t, int64_t) { return T(1); });
 }
 
 // --------------------------------------------------------------------------------------------- sinks

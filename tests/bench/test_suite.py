@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import compare, freed_memory, precision, readme, results, summary
+from bench import compare, freed_memory, magnified, precision, readme, results, summary
 from bench.__main__ import main
 from bench.floor import Ceilings, count
 from bench.operators import describe, measure
@@ -28,6 +28,7 @@ from bench.sweeps import exponent, fits
 from bench.test_bench import cases
 from bench.timing import Times, interleaved, paired_ratio, peak_extra_bytes
 from eamnet.data import SegmentationData, Split
+from eamnet.model import EAMNet, EAMNetConfig
 from eamnet_kernels.ops.schemas import SCHEMAS
 
 CPU = torch.device("cpu")
@@ -275,9 +276,9 @@ def test_freed_memory_is_measured_in_processes_of_both_kinds(
     assert lines[-1].startswith("| EAM-Net, plain | 32², 2 | returned |")
 
 
-def test_precisions_are_compared_on_real_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def two_pictures(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of ISIC 2017, of which each part has two pictures."""
     beside = Path(__file__).resolve().parents[2].parent / "shared" / "data"
     pictures = Path(os.environ.get("EAMNET_DATA") or beside) / "isic2017"
     if not pictures.is_dir():
@@ -285,11 +286,16 @@ def test_precisions_are_compared_on_real_pictures(
     whole = SegmentationData.index
 
     def two(data: SegmentationData) -> Split:
-        data.split = replace(whole(data), test=whole(data).test[:2])
+        split = whole(data)
+        data.split = replace(split, val=split.val[:2], test=split.test[:2])
         return data.split
 
     monkeypatch.setattr(SegmentationData, "index", two)
-    assert precision.main([str(pictures), "--output", str(tmp_path)]) == 0
+    return pictures
+
+
+def test_precisions_are_compared_on_real_pictures(two_pictures: Path, tmp_path: Path) -> None:
+    assert precision.main([str(two_pictures), "--output", str(tmp_path)]) == 0
     rows = {r["network"]: r for r in results.read(tmp_path / "precision.json")["rows"]}
     trained = rows.pop(precision.BASE)
     assert trained["pictures"] == 2
@@ -298,6 +304,40 @@ def test_precisions_are_compared_on_real_pictures(
     assert rows["float32, folded"]["largest_change"] < 1e-3
     assert 0 < rows["bfloat16, folded"]["largest_change"] < 0.02
     assert "| bfloat16, folded | 2 | 0.9" in readme.table(tmp_path / "precision.json")
+
+
+def test_a_window_is_about_the_lesion_and_inside_the_picture() -> None:
+    mask = np.zeros((12, 20), np.uint8)
+    mask[4:6, 14:20] = 1
+    rows, columns = magnified.window(mask, 2)
+    assert (rows, columns) == (slice(2, 8), slice(10, 20))  # the centre, 17, is too far right
+    assert magnified.window(mask, 1) == (slice(0, 12), slice(0, 20))
+    empty = magnified.window(np.zeros((12, 20), np.uint8), 4)
+    assert empty == (slice(4, 7), slice(8, 13))
+
+
+def test_weights_are_compared_on_magnified_pictures(two_pictures: Path, tmp_path: Path) -> None:
+    untrained = EAMNet(EAMNetConfig()).save_pretrained(tmp_path / "untrained.safetensors")
+    split = Path(__file__).resolve().parents[2] / "docs/results/isic2017-256/split.json"
+    words = [str(two_pictures), "--split", str(split), "--factors", "1", "1.5"]
+    words += ["--checkpoint", "isic2017", str(untrained), "--output", str(tmp_path)]
+    assert magnified.main(words) == 0
+    rows = results.read(tmp_path / "magnified.json")["rows"]
+    assert [(r["network"], r["factor"]) for r in rows] == [
+        ("isic2017", 1),
+        ("untrained", 1),
+        ("isic2017", 1.5),
+        ("untrained", 1.5),
+    ]
+    assert rows[2]["median_share"] > rows[0]["median_share"]
+    for good, bad in (rows[:2], rows[2:]):
+        assert good["dice"] > 0.8
+        assert good["change"] is None
+        assert bad["change"] == pytest.approx(bad["dice"] - good["dice"])
+        assert bad["dice"] < good["dice"] - 0.1
+    line = readme.table(tmp_path / "magnified.json").splitlines()[-1]
+    assert line.startswith("| 1.5× | ")
+    assert line.endswith(" of 2 |")
 
 
 @pytest.mark.parametrize("name", ["CMAM", "EAB", "MRCF"])
