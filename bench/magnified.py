@@ -1,9 +1,9 @@
 """How well large lesions are found: `python -m bench.magnified ROOT --split SPLIT.JSON`.
 
 Few pictures have a lesion that nearly fills them, too few in a validation part to choose weights
-by. So its pictures are cropped to a square window about their lesion, of a side that is the
-picture's divided by a factor, and are scored as pictures of their own. The lesion fills the
-factor's square more of the picture, as far as it fits, and is blurred as much. Dice is taken at the
+by. So its pictures are cropped to a window about their lesion, whose sides are the picture's
+divided by a factor, and are scored as pictures of their own. The lesion fills the factor's square
+more of the picture, as far as it fits, and is blurred as much. Dice is taken at the
 window's size; intervals resample the pictures, the same ones for all weights.
 """
 
@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if min(options.factors) < 1:
         parser.error("factors must be 1 or more")
+    if not Path(options.split).is_file():  # one would be drawn, of pictures that were trained on
+        parser.error(f"there is no split file {options.split}")
     facts = results.environment(torch.device("cpu"))  # before the source can change
     data = SegmentationData("isic2017", root=options.root, split=options.split)
     predictors = {Path(name).stem: Predictor.from_file(name) for name in options.checkpoint}

@@ -64,10 +64,15 @@ class Evaluation:
         Args:
             batch: as :class:`eamnet.data.SegmentationDataset` makes it, on any device.
             logits: the network's output for it, ``(B, num_classes, H, W)``.
+
+        Raises:
+            ValueError: the output is NaN somewhere, with the picture's id.
         """
         truths = batch["mask"][:, 0].to("cpu").numpy().astype(np.uint8)
         small = discretise(logits)[:, 0].to("cpu").numpy()
         for index, name in enumerate(batch["id"]):
+            if bool(logits[index].isnan().any()):
+                raise ValueError(f"{name}: the network's output is not a number (NaN) somewhere")
             truth = self.data.native_mask(name)
             height, width = truth.shape
             probability = probabilities(logits[index : index + 1], (height, width))

@@ -64,7 +64,12 @@ def most_probable(probability: Tensor) -> Tensor:
 
     One channel is foreground above the fixed threshold
     :data:`eamnet.metrics.THRESHOLD`; of several the largest wins.
+
+    Raises:
+        ValueError: a probability is NaN, which is no class and would pass for background.
     """
+    if bool(probability.isnan().any()):
+        raise ValueError("the network's output is not a number (NaN) somewhere in the picture")
     if probability.shape[1] == 1:
         return (probability[:, 0] > THRESHOLD).to(torch.uint8)
     return probability.argmax(1).to(torch.uint8)
@@ -146,14 +151,21 @@ class Predictor:
 
     def batch(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
         """Probabilities for several pictures, of any sizes, in one pass of the network."""
-        return [(p[0, 0] if p.shape[1] == 1 else p[0]).cpu().numpy() for p in self._forward(images)]
+        return [
+            (p[0, 0] if p.shape[1] == 1 else p[0]).cpu().numpy() for p in self.probabilities(images)
+        ]
 
     def masks(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """Class indices ``(H, W)`` for several pictures, of any sizes."""
-        return [most_probable(p)[0].cpu().numpy() for p in self._forward(images)]
+        """Class indices ``(H, W)`` for several pictures, of any sizes.
+
+        Raises:
+            ValueError: a probability is NaN.
+        """
+        return [most_probable(p)[0].cpu().numpy() for p in self.probabilities(images)]
 
     @torch.inference_mode()
-    def _forward(self, images: Sequence[NDArray[np.uint8]]) -> Iterator[Tensor]:
+    def probabilities(self, images: Sequence[NDArray[np.uint8]]) -> Iterator[Tensor]:
+        """One by one, float32 ``(1, C, H, W)`` on the network's device, of any sizes."""
         if not images:
             return
         for image in images:
@@ -291,8 +303,13 @@ def predict_files(
                 batch[path] = read_image(path)
             except UnreadablePictureError as error:
                 failures.append(str(error))
-        masks = predictor.masks(list(batch.values()))
-        for (path, image), mask in zip(batch.items(), masks, strict=True):
+        predictions = predictor.probabilities(list(batch.values()))
+        for (path, image), probability in zip(batch.items(), predictions, strict=True):
+            try:
+                mask = most_probable(probability)[0].cpu().numpy()
+            except ValueError as error:
+                failures.append(f"{path}: {error}")
+                continue
             targets = jobs[path]
             _write_picture(targets[0], mask * np.uint8(255) if binary else mask)
             if overlays:
@@ -311,13 +328,16 @@ def _jobs(
 ) -> dict[Path, list[Path]]:
     """Results of each picture; refuses inputs that are not there and results that collide."""
     pictures: dict[Path, Path] = {}
+    results = [(output / name).resolve() for name in ("masks", "overlays")]
     for path in inputs:
         if path.is_dir():
             found = sorted(path.rglob("*") if recursive else path.glob("*"))
             for file in found:
-                # Earlier results inside the folder are no input.
-                own = output.resolve() in file.resolve().parents
-                if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file() and not own:
+                # Earlier results inside the folder are no input, nor is what macOS hides beside
+                # a picture, ._picture.jpg.
+                own = any(folder in file.resolve().parents for folder in results)
+                named = file.suffix.lower() in IMAGE_EXTENSIONS and not file.name.startswith(".")
+                if named and file.is_file() and not own:
                     pictures[file] = file.relative_to(path)
         elif path.is_file():
             pictures[path] = Path(path.name)

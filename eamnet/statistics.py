@@ -37,7 +37,7 @@ class Effect(NamedTuple):
     @property
     def certain(self) -> bool:
         """Whether the interval leaves zero out."""
-        return not self.low <= 0 <= self.high
+        return self.low > 0 or self.high < 0
 
 
 def contrast(
@@ -67,7 +67,8 @@ def contrast(
         seed: of the draws.
 
     Raises:
-        ValueError: no weights, an unknown configuration, or unequal numbers of pictures.
+        ValueError: no weights, an unknown configuration, unequal numbers of pictures, or a score
+            that is NaN.
     """
     if not weights or (unknown := sorted(set(weights) - set(scores))):
         raise ValueError(
@@ -77,6 +78,8 @@ def contrast(
     images = {scores[name].shape[1] for name in weights}
     if len(images) != 1 or not min(images):
         raise ValueError(f"scores must be of the same pictures, got {sorted(images)} of them")
+    if unscored := sorted(name for name in weights if np.isnan(scores[name]).any()):
+        raise ValueError(f"scores must be numbers, got NaN for {unscored}")
     (count,) = images
     generator = np.random.default_rng(seed)
     drawn = _draws(generator, resamples, count, count)

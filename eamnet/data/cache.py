@@ -41,10 +41,17 @@ class Prepared:
 
 @dataclass
 class Findings:
-    """What reading every picture once brought to light, by id."""
+    """What reading every picture once brought to light, by id.
+
+    Attributes:
+        unreadable: why a picture cannot be read.
+        notes: as the source gave them, where it gave any.
+        contents: hashes of the resized pictures, equal for equal ones.
+    """
 
     unreadable: dict[str, str] = field(default_factory=dict)
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    contents: dict[str, bytes] = field(default_factory=dict)
 
 
 class PictureStore:
@@ -113,11 +120,13 @@ class PictureStore:
         findings = Findings()
         unusable: list[str] = []
 
-        def visit(record: Record) -> Exception | tuple[str, ...]:
+        def visit(record: Record) -> Exception | tuple[tuple[str, ...], bytes]:
             try:
-                return self[record].notes
+                prepared = self[record]
             except (UnreadablePictureError, MaskError) as error:
                 return error
+            content = hashlib.blake2b(prepared.image.tobytes(), digest_size=16)
+            return prepared.notes, content.digest()
 
         pool = ThreadPoolExecutor(_THREADS)
         try:
@@ -137,8 +146,10 @@ class PictureStore:
                     findings.unreadable[record.id] = str(result)
                 elif isinstance(result, Exception):
                     unusable.append(str(result))
-                elif result:
-                    findings.notes[record.id] = result
+                else:
+                    notes, findings.contents[record.id] = result
+                    if notes:
+                        findings.notes[record.id] = notes
         finally:
             # After an error or Ctrl-C, without waiting for thousands that are still to come.
             pool.shutdown(cancel_futures=True)

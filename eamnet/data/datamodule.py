@@ -154,6 +154,7 @@ class SegmentationData(L.LightningDataModule):
         self.skipped: dict[str, str] = {}
         self._store: PictureStore | None = None
         self._read: set[str] = set()
+        self._contents: dict[bytes, str] = {}  # the first picture of each content
 
     # Indexing and splitting -----------------------------------------------------------------
 
@@ -331,6 +332,23 @@ class SegmentationData(L.LightningDataModule):
         for note in sorted({note for notes in findings.notes.values() for note in notes}):
             concerned = [i for i, notes in findings.notes.items() if note in notes]
             self.report.append(f"{len(concerned)} pictures: {note}: {shorten(concerned)}")
+        if hasattr(self, "split"):
+            self._report_twins(findings.contents)
+
+    def _report_twins(self, contents: dict[str, bytes]) -> None:
+        """Report pictures that are the same, pixel for pixel at network size, in two parts."""
+        part_of = {i: part for part in PARTS for i in getattr(self.split, part)}
+        twins = []
+        for picture_id, content in contents.items():
+            other = self._contents.setdefault(content, picture_id)
+            if part_of[other] != part_of[picture_id]:
+                twins.append(
+                    f"{other} in {part_of[other]} and {picture_id} in {part_of[picture_id]}"
+                )
+        if twins:
+            self.report.append(
+                f"leak: {len(twins)} pictures are the same in two parts: {shorten(twins)}"
+            )
 
     def native_mask(self, picture_id: str) -> Pixels:
         """The truth at the picture's original size: uint8 ``(H, W)`` class index.

@@ -79,8 +79,8 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("ISIC_0012756", "ISIC_0013184"),
 )
 
-#: Optional table (columns ``id``, ``width``, ``height``) in the root of a downsized copy: the
-#: pictures' original sizes. Results are then reported at those sizes.
+#: Optional table (columns ``id``, ``width``, ``height``) in the root of a downsized copy, or beside
+#: its challenge folders: the pictures' original sizes. Results are then reported at those sizes.
 NATIVE_SIZES = "native_sizes.csv"
 
 
@@ -118,7 +118,8 @@ class IsicSource(FileSource):
         found = [p for p in wanted if layout[p].images in folders]
         if not found:
             raise ValueError(_explain_nothing_found(root, year, wanted, folders))
-        sizes = _native_sizes(root / NATIVE_SIZES)
+        places = {root, *(folders[layout[p].images].parent for p in found)}
+        sizes = {i: s for place in sorted(places) for i, s in _native_sizes(place).items()}
         group_of = {i: f"duplicates-{g[0]}" for g in GROUPS for i in g}
         records: list[Record] = []
         report: list[str] = []
@@ -152,6 +153,12 @@ class IsicSource(FileSource):
                 )
                 for picture_id, image in listing.files.items()
             ]
+        unsized = [r.id for r in records if r.native_size is None]
+        if sizes and unsized:
+            report.append(
+                f"{NATIVE_SIZES} lacks {len(unsized)} of {len(records)} pictures, which are scored "
+                f"at the sizes of their files: {shorten(unsized)}"
+            )
         super().__init__(records, masks)
         self.name = f"isic{year}"
         self.report = report
@@ -210,15 +217,20 @@ def _explain_nothing_found(
     return text + f"Found: {shorten(entries, 10) or 'an empty folder'}."
 
 
-def _native_sizes(path: Path) -> dict[str, tuple[int, int]]:
+def _native_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """(height, width) by id, from the folder's table if it has one."""
+    path = folder / NATIVE_SIZES
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
         rows = csv.DictReader(file)
         missing = {"id", "width", "height"} - set(rows.fieldnames or ())
         if missing:
             raise ValueError(f"{path}: needs the columns id, width and height; lacks {missing}")
         try:
-            return {row["id"]: (int(row["height"]), int(row["width"])) for row in rows}
+            sizes = {row["id"]: (int(row["height"]), int(row["width"])) for row in rows}
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: width and height must be whole pixels: {error}") from error
+    if empty := sorted(picture_id for picture_id, size in sizes.items() if min(size) < 1):
+        raise ValueError(f"{path}: width and height must be positive: {shorten(empty)}")
+    return sizes

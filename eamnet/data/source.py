@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,12 +12,29 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor
 
 Pixels = npt.NDArray[np.uint8]
 
 #: File names with these endings, in any case, are pictures; everything else is stray.
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+
+#: Raised whenever the same file is decoded to other pixels or classes, for the cache's keys.
+DECODE_VERSION = 2
+
+#: What makes a picture upright, by its EXIF orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+#: Channels that differ by more are colour, not the noise that JPEG makes of grey.
+_COLOUR = 32
 
 
 class UnreadablePictureError(ValueError):
@@ -89,6 +107,14 @@ class Source(ABC):
         self.report: list[str] = []
         self.exclusions: dict[str, str] = {}
         self._by_id = {record.id: record for record in self.records}
+        for picture_id in self._by_id:
+            try:
+                picture_id.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"the name of {picture_id!r} is not UTF-8, and split files and results are: "
+                    "rename the file"
+                ) from None
         if len(self._by_id) < len(self.records):
             repeated = next(a for a, b in pairwise(self.records) if a.id == b.id)
             files = [str(record.image) for record in self.records if record.id == repeated.id]
@@ -171,17 +197,22 @@ class MaskFormat:
         Raises:
             MaskError: for values or colours that are no class.
         """
+        if image.mode == "F":
+            raise MaskError(f"{name}: floating-point masks are not supported; save integers")
+        if "A" in image.getbands() and len(set(image.getchannel("A").getextrema())) > 1:
+            raise MaskError(
+                f"{name}: is transparent in part, and transparency is not read; save the mask "
+                "itself as grey values or colours"
+            )
         if self.palette is not None:
             return self._by_colour(np.asarray(image.convert("RGB")), name), None
+        values = np.asarray(image) if self.num_classes > 1 and image.mode == "P" else _grey(image)
+        if values.min() < 0:
+            raise MaskError(f"{name}: holds {values.min()}; classes are 0 and higher")
         if self.num_classes == 1:
-            return _binary(_grey(image))
-        values = np.asarray(image) if image.mode == "P" else _grey(image)
-        if image.mode not in ("1", "L", "LA", "P") and not image.mode.startswith("I"):
-            channels = np.asarray(image.convert("RGB"))
-            if (channels != channels[..., :1]).any():
-                raise MaskError(
-                    f"{name}: is a colour picture; give palette, one colour for each class"
-                )
+            return _binary(values, image, name)
+        if image.mode != "P" and _spread(image) > 0:
+            raise MaskError(f"{name}: is a colour picture; give palette, one colour for each class")
         highest = int(values.max())
         if highest >= self.num_classes:
             raise MaskError(
@@ -215,7 +246,18 @@ def _grey(image: Image.Image) -> npt.NDArray[np.integer]:
     return (grey > 0).astype(np.uint8) if image.mode == "1" else grey
 
 
-def _binary(values: npt.NDArray[np.integer]) -> tuple[Pixels, str | None]:
+def _spread(image: Image.Image) -> int:
+    """The largest difference between the channels of a pixel: 0 for grey pictures."""
+    if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
+        return 0
+    channels = np.asarray(image.convert("RGB"))
+    return int((channels.max(axis=2) - channels.min(axis=2)).max())
+
+
+def _binary(
+    values: npt.NDArray[np.integer], image: Image.Image, name: str
+) -> tuple[Pixels, str | None]:
+    """Foreground or not, from the grey values of a mask."""
     highest = int(values.max())
     if highest <= 1:
         return values.astype(np.uint8), None
@@ -223,17 +265,34 @@ def _binary(values: npt.NDArray[np.integer]) -> tuple[Pixels, str | None]:
     if ((values == 0) | (values == highest)).all():
         note = None if highest == full else "mask has an unusual foreground value, taken as such"
         return (values != 0).astype(np.uint8), note
+    if highest <= full // 2:
+        raise MaskError(
+            f"{name}: holds {len(np.unique(values))} values up to {highest}, none of which is "
+            f"above half of {full}; where they are classes, give num_classes"
+        )
+    if _spread(image) > _COLOUR:
+        raise MaskError(
+            f"{name}: has several colours; give palette, one colour for each class, or save it in "
+            "black and white"
+        )
     return (values > full // 2).astype(np.uint8), "mask not binary, thresholded at half"
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path) -> tuple[Image.Image, int]:
+    """A decoded file, upright, and the EXIF orientation that it had, 1 where none is given."""
     try:
         image = Image.open(path)
         image.load()
-        return ImageOps.exif_transpose(image)
-    # Pillow's decoders raise far more than OSError on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise UnreadablePictureError(f"{path}: cannot be read as a picture: {error}") from error
+    try:
+        orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF of a picture that is whole
+        orientation = 1
+    # Not `ImageOps.exif_transpose`, which also writes the EXIF anew and fails where it is odd.
+    if orientation not in _UPRIGHT:
+        return image, 1
+    return image.transpose(_UPRIGHT[orientation]), orientation
 
 
 def read_image(path: Path) -> Pixels:
@@ -244,7 +303,12 @@ def read_image(path: Path) -> Pixels:
     Raises:
         UnreadablePictureError: if the file cannot be decoded.
     """
-    image = _open(path)
+    return _read_image(path)[0]
+
+
+def _read_image(path: Path) -> tuple[Pixels, int]:
+    """As :func:`read_image`, with the EXIF orientation that the file had."""
+    image, orientation = _open(path)
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -253,7 +317,7 @@ def read_image(path: Path) -> Pixels:
         image = Image.fromarray((values // scale).astype(np.uint8))
     elif image.mode == "F":
         raise UnreadablePictureError(f"{path}: floating-point pictures are not supported")
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image.convert("RGB")), orientation
 
 
 class FileSource(Source):
@@ -267,11 +331,19 @@ class FileSource(Source):
     def read(self, record: Record) -> Picture:
         """Decode a picture and its mask; see :meth:`Source.read`."""
         assert record.image is not None
-        image = read_image(record.image)
+        image, turned = _read_image(record.image)
         if record.mask is None:
             return Picture(image, None)
         notes = []
-        mask_image = _open(record.mask)
+        mask_image, mask_turned = _open(record.mask)
+        if turned != mask_turned:
+            if mask_image.size == (image.shape[0], image.shape[1]) != mask_image.size[::-1]:
+                raise MaskError(
+                    f"{record.mask}: the mask lies on its side: its picture {record.image.name} is "
+                    f"turned by its EXIF orientation, {turned}, and that of the mask is "
+                    f"{mask_turned}; save both upright"
+                )
+            notes.append("turned by its EXIF orientation, and its mask not: see that they fit")
         if mask_image.size != (image.shape[1], image.shape[0]):
             found = f"{mask_image.size[0]}x{mask_image.size[1]}"
             expected = f"{image.shape[1]}x{image.shape[0]}"
@@ -300,7 +372,7 @@ class FileSource(Source):
                 except OSError as error:  # such as a link to nowhere
                     raise UnreadablePictureError(f"{path}: {error.strerror}") from error
                 stamps.append(f"{path.absolute()}:{status.st_size}:{status.st_mtime_ns}")
-        return "/".join([*stamps, repr(self.masks)])
+        return "/".join([*stamps, repr(self.masks), str(DECODE_VERSION)])
 
 
 @dataclass
@@ -334,7 +406,8 @@ def list_pictures(folder: Path, suffixes: Sequence[str] = ("",), prefix: str = "
 
     A picture has an extension of :data:`IMAGE_EXTENSIONS`, no leading dot, a stem that starts
     with ``prefix`` and, in order of preference, ends with one of ``suffixes`` (in any case),
-    which is not part of the id.
+    which is not part of the id. Ids are in Unicode's composed form (NFC), however the file system
+    spells them.
 
     Raises:
         ValueError: if two files give the same id.
@@ -348,7 +421,7 @@ def list_pictures(folder: Path, suffixes: Sequence[str] = ("",), prefix: str = "
         if ending is None or not is_picture or not stem.startswith(prefix) or path.is_dir():
             stray.append(path.name + ("/" if path.is_dir() else ""))
             continue
-        picture_id = stem[: len(stem) - len(ending)]
+        picture_id = unicodedata.normalize("NFC", stem[: len(stem) - len(ending)])
         if picture_id in files:
             raise ValueError(
                 f"{folder}: {files[picture_id].name} and {path.name} stand for the same picture "

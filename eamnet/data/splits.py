@@ -206,16 +206,19 @@ def random_split(
 ) -> Split:
     """Random parts of all ids. Fractions are of the whole; groups stay together."""
     pool = sorted(set(ids) - set(exclude))
+    nothing_left = (
+        f"val_fraction={val_fraction:g} and test_fraction={test_fraction:g} leave nothing of "
+        f"{len(pool)} pictures to train on"
+    )
+    if val_fraction < 1 and test_fraction < 1 <= val_fraction + test_fraction:
+        raise ValueError(nothing_left)
     test = _draw(pool, test_fraction, "test_fraction", seed, groups) if test_fraction else []
     rest = sorted(set(pool) - set(test))
     share = val_fraction * len(pool) / max(1, len(rest))
     val = _draw(rest, share, "val_fraction", seed, groups) if val_fraction else []
     train = set(rest) - set(val)
     if not train:
-        raise ValueError(
-            f"val_fraction={val_fraction:g} and test_fraction={test_fraction:g} leave nothing of "
-            f"{len(pool)} pictures to train on"
-        )
+        raise ValueError(nothing_left)
     protocol = f"random, val {val_fraction:g}, test {test_fraction:g}"
     return Split(dataset, protocol, seed, tuple(train), tuple(val), tuple(test))
 
@@ -276,15 +279,18 @@ def _draw(
     seed: int,
     groups: Mapping[str, str] | None,
 ) -> list[str]:
-    """A random part of the ids: the given fraction, rounded, and at least one picture."""
+    """A random part of the ids: the given fraction, rounded, and at least one picture or group."""
     if not 0 < fraction < 1:
         raise ValueError(f"{argument} must lie between 0 and 1, got {fraction:g}")
     wanted = max(1, round(fraction * len(ids)))
     drawn: list[str] = []
     units = _units(ids, groups)
-    for first in rank(units, seed, argument):
+    order = rank(units, seed, argument)
+    for first in order:
         if len(drawn) + len(units[first]) <= wanted:
             drawn += units[first]
         if len(drawn) == wanted:
             break
+    if not drawn and units:  # all groups are larger
+        drawn = units[min(order, key=lambda first: len(units[first]))]
     return sorted(drawn)

@@ -352,6 +352,29 @@ def test_leaks_and_unused_pictures_are_reported(tmp_path):
     assert "4 pictures are in no part" in text
 
 
+def test_the_same_picture_in_two_parts_is_reported(tmp_path):
+    for part in ("train", "test"):
+        make_folder(tmp_path / part, count=6)
+    for index in range(1, 6):
+        path = tmp_path / "test" / "images" / f"p{index}.png"
+        Image.new("RGB", (40, 30), (index, 0, 0)).save(path)
+
+    def report():
+        data = SegmentationData(
+            "folder", root=str(tmp_path), size=16, val_fraction=0.2, cache_dir=str(tmp_path / "c")
+        )
+        data.setup("fit")
+        before = "\n".join(data.report)
+        data.setup("test")
+        return before, data.report[-1]
+
+    for _ in range(2):  # the second time from the cache
+        before, leak = report()
+        assert "leak" not in before
+        assert leak.startswith("leak: 1 pictures are the same in two parts: train/p0 in ")
+        assert leak.endswith(" and test/p0 in test")
+
+
 def test_notes_and_damage_are_reported_from_a_warm_cache(tmp_path):
     root = make_folder(tmp_path / "data", count=10)
     Image.new("L", (40, 30), 90).save(root / "masks" / "p3.png")
@@ -375,7 +398,8 @@ def make_isic(root, year, counts):
         images.mkdir(parents=True)
         masks.mkdir()
         for _ in range(count):
-            Image.new("RGB", (24, 16), (200, 150, 120)).save(images / f"ISIC_{number:07d}.jpg")
+            colour = (200, 150, 120 + number)
+            Image.new("RGB", (24, 16), colour).save(images / f"ISIC_{number:07d}.png")
             mask = Image.new("L", (24, 16))
             mask.paste(255, (5, 5, 15, 10))
             mask.save(masks / f"ISIC_{number:07d}_segmentation.png")

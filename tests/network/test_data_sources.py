@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from eamnet.data import (
     FolderSource,
@@ -184,6 +184,22 @@ def test_isic_native_sizes_are_read(tmp_path):
     table.write_text("id,width,height\nISIC_0000001,wide,2016\n")
     with pytest.raises(ValueError, match="whole pixels"):
         IsicSource(tmp_path, 2017)
+    table.write_text("id,width,height\nISIC_0000001,0,2016\n")
+    with pytest.raises(ValueError, match="must be positive: ISIC_0000001"):
+        IsicSource(tmp_path, 2017)
+
+
+def test_isic_native_sizes_beside_the_folders_as_excel_writes_them(tmp_path):
+    inner = tmp_path / "copies" / "small"
+    make_isic(inner, 2017, ["train"])
+    table = "\ufeffid,width,height\nISIC_0000001,3024,2016\nISIC_9,1,1\n"
+    (inner / "native_sizes.csv").write_text(table)
+    source = IsicSource(tmp_path, 2017)
+    assert source["ISIC_0000001"].native_size == (2016, 3024)
+    assert (
+        "native_sizes.csv lacks 2 of 3 pictures, which are scored at the sizes of their files: "
+        "ISIC_0000000, ISIC_0000002"
+    ) in source.report
 
 
 # PH2 ----------------------------------------------------------------------------------------
@@ -335,6 +351,41 @@ def test_non_binary_mask_is_thresholded_at_half_and_noted(folder):
     assert picture.notes == ("mask not binary, thresholded at half",)
 
 
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (Image.fromarray(np.arange(240, dtype=np.uint8).reshape(12, 20) % 3), "give num_classes"),
+        (Image.fromarray((np.arange(240, dtype=np.uint16) + 300).reshape(12, 20)), "num_classes"),
+        (Image.fromarray(np.full((12, 20), -1, np.int32)), "holds -1"),
+        (Image.fromarray(np.full((12, 20), 0.9, np.float32)), "floating-point"),
+    ],
+    ids=["labels", "instances", "negative", "float"],
+)
+def test_masks_that_would_turn_empty_are_refused(folder, mask, said):
+    mask.save(folder / "masks" / "a.tif")
+    with pytest.raises(MaskError, match=said):
+        read_one(folder)
+
+
+def test_masks_of_several_colours_or_in_the_transparency_are_refused(folder):
+    mask = Image.new("RGB", (WIDTH, HEIGHT))
+    mask.paste("red", (0, 0, 4, 4))
+    mask.paste("white", (5, 5, 9, 9))
+    mask.save(folder / "masks" / "a.png")
+    with pytest.raises(MaskError, match="several colours"):
+        read_one(folder)
+    mask = Image.new("RGBA", (WIDTH, HEIGHT))
+    mask.paste((0, 0, 0, 255), (5, 5, 9, 9))
+    mask.save(folder / "masks" / "a.png")
+    for masks in (None, MaskFormat(num_classes=3)):
+        with pytest.raises(MaskError, match="transparent in part"):
+            read_one(folder, masks)
+    mask = Image.new("RGBA", (WIDTH, HEIGHT), "black")  # opaque
+    mask.paste((255, 255, 255, 255), (5, 5, 9, 9))
+    mask.save(folder / "masks" / "a.png")
+    assert read_one(folder).mask.sum() == 16
+
+
 def test_two_valued_mask_keeps_its_foreground(folder):
     write_mask(folder / "masks" / "a.png", foreground=38)
     picture = read_one(folder)
@@ -421,6 +472,70 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").shape == (WIDTH, HEIGHT, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_that_of_pillow(tmp_path, orientation):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
+    assert np.array_equal(read_image(tmp_path / "turned.png"), np.asarray(upright))
+
+
+def test_odd_exif_does_not_cost_the_picture(tmp_path):
+    image = Image.new("RGB", (WIDTH, HEIGHT))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    exif[0x010E] = "description"
+    image.save(tmp_path / "odd.jpg", exif=exif)
+    content = (tmp_path / "odd.jpg").read_bytes()
+    read = 0
+    for position in range(content.index(b"Exif"), content.index(b"description") + 11):
+        for value in (0, 2, 0xFF):
+            damaged = content[:position] + bytes([value]) + content[position + 1 :]
+            (tmp_path / "odd.jpg").write_bytes(damaged)
+            try:
+                read += read_image(tmp_path / "odd.jpg").size == WIDTH * HEIGHT * 3
+            except UnreadablePictureError:
+                read += 1
+    assert read == 3 * (content.index(b"description") + 11 - content.index(b"Exif"))
+
+
+def test_a_mask_that_is_not_turned_with_its_picture(folder):
+    path = folder / "images" / "a.png"
+    image = Image.open(path)
+    image.load()
+    exif = image.getexif()
+    write_mask(folder / "masks" / "a.png")
+    exif[0x0112] = 3
+    image.save(path, exif=exif)
+    assert read_one(folder).notes == (
+        "turned by its EXIF orientation, and its mask not: see that they fit",
+    )
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+    for masks in (None, MaskFormat(resize=True)):
+        with pytest.raises(MaskError, match=r"a.png: the mask lies on its side: .* orientation, 6"):
+            read_one(folder, masks)
+    mask = Image.open(folder / "masks" / "a.png")
+    mask.load()
+    mask.save(folder / "masks" / "a.png", exif=exif)
+    picture = read_one(folder)
+    assert picture.notes == ()
+    assert picture.mask.shape == picture.image.shape[:2] == (WIDTH, HEIGHT)
+
+
+def test_names_are_composed_and_must_be_utf8(folder):
+    (folder / "images" / "a.png").rename(folder / "images" / "la\u0308sion.png")  # NFD
+    write_mask(folder / "masks" / "l\u00e4sion_mask.png")  # NFC
+    assert FolderSource(folder)["l\u00e4sion"].has_mask
+    path = folder / "images" / "la\u0308sion.png"
+    path.rename(path.with_name(os.fsdecode(b"b\xe4.png")))
+    with pytest.raises(ValueError, match=r"the name of 'b\\udce4' is not UTF-8"):
+        FolderSource(folder, missing_masks="skip")
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated"])

@@ -165,6 +165,11 @@ def test_the_most_probable_class() -> None:
     assert most_probable(probabilities(logits, (1, 3))).tolist() == [[[0, 1, 0]]]
     logits = torch.tensor([[0.0, 2.0, 1.0]])[:, :, None, None]
     assert most_probable(probabilities(logits, (1, 1))).item() == 1
+    for channels in (1, 3):
+        logits = torch.zeros(1, channels, 2, 2)
+        logits[0, 0, 0, 0] = float("nan")
+        with pytest.raises(ValueError, match="not a number"):
+            most_probable(probabilities(logits, (2, 2)))
 
 
 # The command
@@ -228,6 +233,21 @@ def test_it_goes_on_past_damaged_pictures_and_names_them(
     assert "5.jpg" not in ending
 
 
+def test_an_output_that_is_not_a_number_is_no_mask(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    network = EAMNet.from_pretrained(weights)
+    with torch.no_grad():
+        next(network.parameters()).fill_(float("nan"))
+    broken = network.save_pretrained(tmp_path / "broken.safetensors")
+    assert predict(broken, tmp_path / "a.png", "--output", tmp_path / "out") == 1
+    assert not (tmp_path / "out" / "masks").exists()
+    said = capsys.readouterr()
+    assert "0 pictures segmented" in said.out
+    assert "a.png: the network's output is not a number (NaN)" in said.err
+
+
 def test_nothing_is_overwritten_unless_asked(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +290,16 @@ def test_folders_within_folders(
         assert predict(weights, pictures, *words, "--overlays", "false") == 0
         found = sorted(str(p.relative_to(out)) for p in out.rglob("*.*"))
         assert found == ["masks/one/a.png", "masks/two/a.png"]
+
+
+def test_results_beside_the_pictures(weights: Path, tmp_path: Path) -> None:
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves beside a picture")
+    words = ("--output", tmp_path, "--recursive", "true", "--overwrite", "true")
+    for _ in range(2):
+        assert predict(weights, tmp_path, *words) == 0
+        found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*"))
+        assert found == ["._a.png", "a.png", "masks/a.png", "overlays/a.jpg"]
 
 
 def test_an_input_that_is_not_there_is_named(

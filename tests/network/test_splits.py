@@ -53,6 +53,13 @@ def test_groups_stay_together_in_every_protocol():
         assert split.test
 
 
+def test_groups_larger_than_a_part_still_fill_it():
+    ids = IDS[:15]
+    groups = {name: f"g{index // 5}" for index, name in enumerate(ids)}
+    split = random_split("set", ids, groups=groups)
+    assert len(split.train) == len(split.val) == len(split.test) == 5
+
+
 def test_folds_are_disjoint_and_complete():
     splits = [kfold_split("set", IDS, fold=f, folds=7, seed=4) for f in range(7)]
     tested = [i for split in splits for i in split.test]
@@ -98,6 +105,10 @@ def test_overlap_is_refused():
     [
         (lambda: random_split("set", IDS, val_fraction=1.0), "val_fraction must lie between"),
         (lambda: random_split("set", IDS[:1]), "leave nothing of 1 pictures"),
+        (
+            lambda: random_split("set", IDS, val_fraction=0.5, test_fraction=0.5),
+            "leave nothing of 100 pictures",
+        ),
         (lambda: kfold_split("set", IDS, fold=5, folds=5), "fold must lie in"),
         (lambda: kfold_split("set", IDS[:3], fold=0, folds=5), "needs that many"),
         (lambda: official_split("set", {"test": IDS}), "no official training part"),

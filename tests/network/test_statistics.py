@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
-from eamnet.statistics import contrast, holm
+from eamnet.statistics import Effect, contrast, holm
 from eamnet.studies import differences, main_effects
 
 
@@ -73,6 +75,13 @@ def test_nothing_that_differs_has_p_one() -> None:
 def test_contrasts_without_meaning_are_refused(weights: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         contrast({"a": np.zeros((1, 4)), "b": np.zeros((1, 5))}, weights)
+
+
+def test_a_score_that_is_no_number_is_refused() -> None:
+    scores = {"a": np.array([[0.5, np.nan]]), "b": np.array([[0.5, 0.6]])}
+    with pytest.raises(ValueError, match=r"NaN for \['a'\]"):
+        contrast(scores, {"a": 1.0, "b": -1.0})
+    assert not Effect(0.1, math.nan, math.nan, 1.0).certain
 
 
 def test_holm() -> None:
