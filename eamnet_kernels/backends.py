@@ -203,9 +203,11 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
         if name != "auto":
             get(name)
         self.name = name
-        self._token: Token[str | None] = _selected.set(self.name)
+        self._token: Token[str | None] | None = _selected.set(self.name)
 
     def __enter__(self) -> use_backend:
+        if self._token is None:  # entered again
+            self._token = _selected.set(self.name)
         return self
 
     def __exit__(
@@ -214,7 +216,9 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        assert self._token is not None
         _selected.reset(self._token)
+        self._token = None
 
 
 def choose(name: str, operator: str, arguments: Arguments) -> Callable[..., Any]:

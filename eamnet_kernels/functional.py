@@ -3,7 +3,8 @@
 Dtypes: float32, bfloat16, float16 and float64; an operator's tensors share one dtype and one
 device. Sums, softmaxes and norms are made in float32 (float64 for float64). Under `torch.autocast`
 every floating tensor is converted to the autocast dtype first, except those of `gate_statistics`,
-which keeps the dtype it is given, and the temperature, which stays float32.
+which keeps the dtype it is given, and the temperature, which stays float32. A call in float64 stays
+in float64.
 
 Layouts: any strides are accepted. Channels-last input gives channels-last output; any other input
 gives NCHW. Inputs are never written to. All operators can be differentiated twice.
@@ -208,6 +209,8 @@ def external_memory(
     _check_shape("w_out", w_out, (channels, channels), "(C,C)")
     if top_k is None:
         top_k = channels
+    if isinstance(top_k, float):
+        raise TypeError(f"top_k is {top_k}, a float; accepted: a whole number")
     if not 1 <= top_k <= channels:
         raise ValueError(f"top_k is {top_k}; accepted: 1 to the {channels} channels of x")
     tensors = _one_dtype(
@@ -247,6 +250,8 @@ def multi_dilation_conv(
     Source: EAM-Net, arXiv:2512.07275, section II.C.
     """
     _check_map(x)
+    if any(int(dilation) != dilation for dilation in dilations):
+        raise TypeError(f"dilations are {list(dilations)}; accepted: whole numbers")
     dilations = [int(dilation) for dilation in dilations]
     count, channels = len(dilations), x.shape[1]
     if len(w_branches) != count:
@@ -303,7 +308,11 @@ def _branch_names(count: int) -> tuple[str, ...]:
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    """Whether a backward may come. Under transforms a tensor tells of the innermost level alone."""
+    return torch.is_grad_enabled() and (
+        any(t.requires_grad for t in tensors)
+        or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+    )
 
 
 # The checks pass through as little Python as they can: between kernels whose data fill the caches a
@@ -348,6 +357,17 @@ def _one_dtype(name: str, first: Tensor, others: dict[str, Tensor]) -> tuple[Ten
                 "or torch.autocast"
             )
     tensors = (first, *others.values())
-    if cast_to is not None:
-        return tuple(t if t.dtype == torch.float64 else t.to(cast_to) for t in tensors)
+    if cast_to is None:
+        return tensors
+    double = [t.dtype == torch.float64 for t in tensors]  # which autocast leaves alone
+    if not any(double):
+        return tuple(t.to(cast_to) for t in tensors)
+    if not all(double):
+        names = (name, *others)
+        kinds = {n: t.dtype for n, t in zip(names, tensors, strict=True)}
+        other = next(n for n in names if kinds[n] != kinds[name])
+        raise TypeError(
+            f"{other} is {kinds[other]}, {name} is {kinds[name]}; accepted under torch.autocast: "
+            "all float64, or none"
+        )
     return tensors

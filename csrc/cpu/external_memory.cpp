@@ -520,8 +520,10 @@ ScalarType memory_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-int64_t slots_of(const Tensor& key) {
+int64_t slots_of(const Tensor& key, const FeatureMap& x) {
   STD_TORCH_CHECK(key.dim() == 2, "key has ", key.dim(), " dimensions; accepted is (S, C)");
+  STD_TORCH_CHECK(key.size(0) > 0 && x.pixels > 0, "key has ", key.size(0), " slots and x ", x.pixels,
+                  " pixels; accepted is one or more of each");
   return key.size(0);
 }
 
@@ -535,7 +537,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     bool channels_last) {
   MemoryForward m{};
   m.x = feature_map(x, "x");
-  m.slots = slots_of(key);
+  m.slots = slots_of(key, m.x);
   m.top_k = top_k;
   const int64_t B = x.size(0), C = x.size(1);
   STD_TORCH_CHECK(1 <= top_k && top_k <= C, "top_k is ", top_k, "; accepted is 1 to ", C);
@@ -562,7 +564,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& lse, bool channels_last) {
   MemoryBackward m{};
   m.x = feature_map(x, "x");
-  m.slots = slots_of(key);
+  m.slots = slots_of(key, m.x);
   const int64_t B = x.size(0), C = x.size(1);
   bool same = grad_out.scalar_type() == x.scalar_type() && grad_out.dim() == 4;
   for (int d = 0; d < 4 && same; ++d) same = grad_out.size(d) == x.size(d);

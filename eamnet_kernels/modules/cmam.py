@@ -65,11 +65,17 @@ class CMAM(nn.Module):
             self.w_channel = nn.Parameter(torch.empty(3 * channels, channels))
             self.w_out = nn.Parameter(torch.empty(channels, channels))
             if attend == "channels":
-                self.temperature = nn.Parameter(torch.ones(2, heads))
-            self.reset_parameters()
+                self.temperature = nn.Parameter(torch.empty(2, heads))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the projections as `nn.Linear` draws its own: uniform within 1/sqrt(C)."""
+        """Draw the projections as `nn.Linear` draws its own, uniform within 1/sqrt(C); 1 as
+        temperatures.
+        """
+        if self.fusion != "cross":
+            return
+        if self.attend == "channels":
+            nn.init.ones_(self.temperature)
         bound = 1 / math.sqrt(self.channels)
         for weight in (self.w_spatial, self.w_channel, self.w_out):
             nn.init.uniform_(weight, -bound, bound)

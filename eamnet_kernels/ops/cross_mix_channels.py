@@ -31,12 +31,9 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
 
 
 def _backward(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
-    x = ctx.saved_tensors[0]
+    saved = ctx.saved_tensors  # once: checkpointing refuses to give them a second time
     return call(
-        "cross_mix_channels_backward",
-        dense(grad, like=x),
-        *ctx.saved_tensors,
-        backend=ctx.backend,
+        "cross_mix_channels_backward", dense(grad, like=saved[0]), *saved, backend=ctx.backend
     )
 
 

@@ -42,9 +42,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    x = ctx.saved_tensors[0]
+    saved = ctx.saved_tensors  # once: checkpointing refuses to give them a second time
     grads = call(
-        "external_memory_backward", dense(grad, like=x), *ctx.saved_tensors, backend=ctx.backend
+        "external_memory_backward", dense(grad, like=saved[0]), *saved, backend=ctx.backend
     )
     return *grads, None
 

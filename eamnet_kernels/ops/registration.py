@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._pytree import (
     TreeSpec,
@@ -88,13 +89,18 @@ def call(operator: str, *args: Any, backend: str) -> Any:
     `torch.func.grad` and its kin. And it is a generic wrapper in Python: without it a forward and a
     backward of `gate_statistics` take 0.28 instead of 0.34 ms at 1x8x4x4, 0.1 to 0.2 ms less at
     4x256x32x32, whose data push the interpreter's out of the caches (AMD EPYC, 2026-11-27).
+
+    A `torch.jit.trace` cannot keep a Python function and records the operator itself. Tangents of
+    forward-mode differentiation go to the function, which says that it has no such derivative.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _C._get_tracing_state():
         return getattr(torch.ops.eamnet_kernels, operator)(*args, backend=backend)
     function = _eager[operator]
     if _C._are_functorch_transforms_active():
         function = _transformable[operator]
-    elif not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
+    elif not (
+        (torch.is_grad_enabled() and _C._any_requires_grad(*args)) or forward_ad._current_level >= 0
+    ):
         return _below_autograd(operator, args, backend)
     if not any(isinstance(arg, list) for arg in args):
         return function.apply(None, backend, *args)
@@ -263,7 +269,8 @@ def register(
         saved = iter(ctx.saved_tensors)
         leaves = [next(saved) if c is None else c[0] for c in ctx.constants]
         args = tree_unflatten(leaves, ctx.spec)
-        return tuple(double_backward(args, grads))
+        with _C._DisableAutocast():  # as in the kernels
+            return tuple(double_backward(args, grads))
 
     torch.library.register_autograd(
         f"{_NAMESPACE}::{operator}_backward",

@@ -28,6 +28,15 @@ def test_context_restores_what_was_selected() -> None:
     assert backends.selected() == before
 
 
+def test_context_can_be_entered_again() -> None:
+    before = backends.selected()
+    reference = use_backend("reference")
+    for _ in range(2):
+        with reference:
+            assert backends.selected() == "reference"
+        assert backends.selected() == before
+
+
 def test_context_restores_after_an_error() -> None:
     before = backends.selected()
     with pytest.raises(KeyError), use_backend("reference"):

@@ -24,7 +24,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import eamnet_kernels
 from eamnet_kernels import backends
@@ -499,6 +501,60 @@ def test_no_gradient_comes_in(operator: Operator, case: dict[str, Any], backend:
             assert grad.eq(1).all()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("operator", "case"), FIRST_CASES)
+def test_checkpointing_changes_nothing(
+    operator: Operator, case: dict[str, Any], reentrant: bool, backend: str
+) -> None:
+    inputs = draw(operator, case, torch.float32)
+    require(backend, operator, inputs, case)
+    inputs = mapped(inputs, lambda t: t.contiguous().requires_grad_())
+    flat = leaves(inputs)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        return outputs(operator.run(mapped(inputs, lambda _: next(rest)), case))
+
+    found = []
+    for out in (function(*flat), checkpoint(function, *flat, use_reentrant=reentrant)):
+        sum(o.square().sum() for o in out).backward()
+        found.append([t.grad for t in flat])
+        for t in flat:
+            t.grad = None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("operator", "case"), FIRST_CASES)
+def test_a_transform_inside_of_autograd(
+    operator: Operator, case: dict[str, Any], backend: str
+) -> None:
+    """The transform's operand needs no gradient, what the operator is given does all the same."""
+    inputs = draw(operator, case, torch.float64)
+    require(backend, operator, inputs, case)
+    x = inputs[operator.layout].clone().requires_grad_()
+    scale = torch.tensor(1.5, dtype=x.dtype, device=x.device)
+
+    def loss(scale: Tensor) -> Tensor:
+        out = outputs(operator.run({**inputs, operator.layout: x}, case))
+        return sum((o.square().sum() * scale**2 for o in out), torch.zeros(()))
+
+    got = torch.autograd.grad(torch.func.grad(loss)(scale), x)[0]
+    expected = torch.autograd.grad(loss(scale) * 2 / scale, x)[0]
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("operator", "case"), FIRST_CASES)
+def test_forward_mode_is_refused_and_not_zero(
+    operator: Operator, case: dict[str, Any], backend: str
+) -> None:
+    inputs = draw(operator, case, torch.float32)
+    require(backend, operator, inputs, case)
+    x = inputs[operator.layout]
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        operator.run({**inputs, operator.layout: forward_ad.make_dual(x, x)}, case)
+
+
 def test_compile_gives_the_same_values_and_gradients(backend: str) -> None:
     """All operators in one graph, without breaks, at two sizes with dynamic shapes."""
     torch.use_deterministic_algorithms(False)
@@ -550,6 +606,24 @@ def test_autocast(operator: Operator, case: dict[str, Any], backend: str) -> Non
     assert all(v.dtype == (torch.float32 if keeps else torch.bfloat16) for v in values)
     assert all(g.dtype == torch.float32 for g in grads)
     assert not any(g.isnan().any() for g in grads)
+
+
+@pytest.mark.parametrize(("operator", "case"), FIRST_CASES)
+def test_second_derivatives_under_autocast_are_those_without(
+    operator: Operator, case: dict[str, Any], backend: str
+) -> None:
+    inputs = draw(operator, case, torch.float32)
+    require(backend, operator, inputs, case)
+    inputs = mapped(inputs, lambda t: t.contiguous().requires_grad_())
+    flat = leaves(inputs)
+    out = outputs(operator.run(inputs, case))
+    grads = torch.autograd.grad(sum(o.square().sum() for o in out), flat, create_graph=True)
+    loss = sum(g.square().sum() for g in grads)
+    expected = torch.autograd.grad(loss, flat, retain_graph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = torch.autograd.grad(loss, flat)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_second_device(backend: str) -> None:

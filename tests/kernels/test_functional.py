@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import eamnet_kernels.functional as F
+from eamnet_kernels import native
 from eamnet_kernels.reference import external_memory
 
 X = torch.randn(2, 8, 4, 5)
@@ -34,6 +36,11 @@ def memory(**changes: Any) -> Any:
     return F.external_memory(
         **{"x": X, "memory_key": key, "memory_value": key, "w_out": POINT, "top_k": 4, **changes}
     )
+
+
+def autocast(call: Callable[[], Any]) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return call()
 
 
 def conv(**changes: Any) -> Any:
@@ -118,6 +125,17 @@ BAD_CALLS = {
         r"w_branches\[1\] differs",
     ),
     "bias": (lambda: conv(bias=torch.zeros(4)), ValueError, r"bias has shape \(4,\)"),
+    "fractional dilations": (
+        lambda: conv(dilations=(1, 2, 3.5)),
+        TypeError,
+        r"dilations are \[1, 2, 3.5\]; accepted: whole numbers",
+    ),
+    "fractional top_k": (lambda: memory(top_k=2.0), TypeError, "top_k is 2.0, a float"),
+    "double beside float under autocast": (
+        lambda: autocast(lambda: memory(x=X.double())),
+        TypeError,
+        "memory_key is torch.float32, x is torch.float64; accepted under torch.autocast",
+    ),
     "device": (
         lambda: memory(w_out=POINT.to("meta")),
         ValueError,
@@ -149,6 +167,16 @@ def test_what_was_not_saved_for_has_no_backward() -> None:
     out = torch.ops.eamnet_kernels.multi_dilation_conv(*arguments)[0]
     with pytest.raises(RuntimeError, match=message):
         out.sum().backward()
+
+
+@pytest.mark.skipif(not native.load(), reason="the compiled operators are not built")
+def test_kernels_refuse_a_memory_without_slots_or_pixels() -> None:
+    """Past `functional`, which refuses them first; they would divide by zero."""
+    call = torch.ops.eamnet_kernels_native.external_memory
+    for x, slots in ((X[:, :, :0], 5), (X, 0)):
+        key = torch.randn(slots, 8)
+        with pytest.raises(RuntimeError, match="accepted is one or more of each"):
+            call(x.contiguous(), key, key, POINT, 4, False)
 
 
 def test_second_derivatives_are_of_the_channels_that_were_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import pytest
@@ -183,6 +184,66 @@ def test_patch_and_unpatch_restore_the_same_objects() -> None:
     assert unpatch(net) == ["1.0", "2"]
     assert list(net.modules()) == originals
     assert torch.equal(net(x), before)
+
+
+def test_patch_of_a_container_that_the_network_holds_twice() -> None:
+    shared = nn.Sequential(nn.Conv2d(4, 4, 1))
+    net = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared))
+    asked: list[str] = []
+
+    def rule(name: str, m: nn.Module) -> nn.Module | None:
+        asked.append(name)
+        return nn.Sequential(m, CMAM(4)) if isinstance(m, nn.Conv2d) else None
+
+    original = shared[0]
+    assert patch(net, rule) == ["0.0.0"]
+    assert asked == ["0", "0.0", "0.0.0", "1"]
+    assert net(torch.randn(1, 4, 3, 3)).shape == (1, 4, 3, 3)
+    assert unpatch(net) == ["0.0.0"]
+    assert shared[0] is original
+
+
+def test_patch_leaves_the_original_in_the_replacement_as_it_is() -> None:
+    """Such as a frozen norm in float32 beside convolutions in bfloat16."""
+    norm = nn.BatchNorm2d(4).eval()
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1).bfloat16(), norm))
+    patch(net, lambda name, m: nn.Sequential(m, CMAM(4)) if name == "0" else None)
+    assert {p.dtype for p in net[0][1].parameters()} == {torch.bfloat16}
+    assert net[0][1].training
+    assert not norm.training
+    assert {p.dtype for p in norm.parameters()} == {torch.float32}
+
+
+def test_patch_under_two_names_of_one_parent_and_twice() -> None:
+    conv = nn.Conv2d(4, 4, 1)
+    net = nn.Sequential(nn.Sequential(conv, conv))
+    assert patch(net, lambda name, m: CMAM(4) if m is conv else None) == ["0.0", "0.1"]
+    assert net[0][0] is net[0][1] is not conv
+    outer = net[0]
+    assert patch(net, lambda name, m: nn.Sequential(m) if m is outer else None) == ["0"]
+    assert unpatch(net) == ["0", "0.0", "0.1"]
+    assert net[0] is outer
+    assert outer[0] is outer[1] is conv
+
+
+def test_parameters_are_drawn_after_to_empty(module: nn.Module) -> None:
+    """As for networks that are made on the meta device: every parameter belongs to a reset."""
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, 777.0)
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    for name, parameter in module.named_parameters():
+        assert not parameter.eq(777).any(), name
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_can_be_saved(module: nn.Module) -> None:
+    x = torch.randn(1, 8, 5, 6)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, x, check_trace=False), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), module(x))
 
 
 def test_patch_that_does_nothing_is_an_error() -> None:
