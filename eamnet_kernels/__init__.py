@@ -7,10 +7,20 @@
 - `patch`: put the operators into somebody else's network, and take them out again.
 """
 
-from eamnet_kernels import backends, functional, tune
+from eamnet_kernels import backends, functional, patch, tune
 from eamnet_kernels.backends import explain, use_backend
 from eamnet_kernels.modules import CMAM, EAB, MRCF
 
 __version__ = "0.1.0"
 
-__all__ = ["CMAM", "EAB", "MRCF", "backends", "explain", "functional", "tune", "use_backend"]
+__all__ = [
+    "CMAM",
+    "EAB",
+    "MRCF",
+    "backends",
+    "explain",
+    "functional",
+    "patch",
+    "tune",
+    "use_backend",
+]
