@@ -188,7 +188,7 @@ def test_auto_leaves_exact_float32_to_reference_where_that_was_faster(
         assert found == [["", "", "", "forward"], [""] * 4]
         assert not declined((4, 256, 64, 64), False)
     assert not any(declined(s, last, torch.bfloat16) for s in sizes for last in (False, True))
-    monkeypatch.setattr(module, "precision", lambda dtype: "tf32")
+    monkeypatch.setattr("eamnet_kernels.triton.products.precision", lambda dtype: "tf32")
     assert not any(declined(size, last) for size in sizes for last in (False, True))
 
 
