@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from bench import results
+from bench.precision import compared
 from eamnet.data import SegmentationData
 from eamnet.data.transforms import Pixels
 from eamnet.inference import Predictor
 from eamnet.measures import area_fraction
 from eamnet.metrics import image_metrics
-from eamnet.statistics import contrast
 
 FACTORS = (1.0, 1.5, 2.25)
 FAILED = 0.55
@@ -87,21 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
     for factor in options.factors:
         tables = {name: np.array([scores[name, factor]]) for name in predictors}
         for name, values in tables.items():
-            mean = contrast(tables, {name: 1.0})
-            change = contrast(tables, {name: 1.0, first: -1.0}) if name != first else None
             rows.append(
                 {
-                    "network": name,
                     "factor": factor,
-                    "pictures": values.size,
                     "median_share": float(np.median(shares[factor])),
-                    "dice": mean.value,
-                    "dice_low": mean.low,
-                    "dice_high": mean.high,
+                    **compared(tables, name, first),
                     "failed": int((values < FAILED).sum()),
-                    "change": change and change.value,
-                    "change_low": change and change.low,
-                    "change_high": change and change.high,
                 }
             )
             print(rows[-1], flush=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bench import results
 from eamnet.data import SegmentationData
@@ -52,6 +53,25 @@ def dice(data: SegmentationData, candidates: dict[str, Predictor]) -> dict[str, 
     return found
 
 
+def compared(tables: dict[str, NDArray[np.float64]], name: str, base: str) -> results.Record:
+    """The mean Dice of one of several networks, and its change from the base's, paired by picture.
+
+    `tables` holds Dice (1,I) of the same I pictures by network.
+    """
+    mean = contrast(tables, {name: 1.0})
+    change = contrast(tables, {name: 1.0, base: -1.0}) if name != base else None
+    return {
+        "network": name,
+        "pictures": tables[name].size,
+        "dice": mean.value,
+        "dice_low": mean.low,
+        "dice_high": mean.high,
+        "change": change and change.value,
+        "change_low": change and change.low,
+        "change_high": change and change.high,
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.precision", description=__doc__)
     parser.add_argument("root", help="folder of ISIC 2017")
@@ -66,21 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     tables = {name: np.array([values]) for name, values in scores.items()}
     rows: list[results.Record] = []
     for name, values in tables.items():
-        mean = contrast(tables, {name: 1.0})
-        change = contrast(tables, {name: 1.0, BASE: -1.0}) if name != BASE else None
-        rows.append(
-            {
-                "network": name,
-                "pictures": values.size,
-                "dice": mean.value,
-                "dice_low": mean.low,
-                "dice_high": mean.high,
-                "change": change and change.value,
-                "change_low": change and change.low,
-                "change_high": change and change.high,
-                "largest_change": float(np.abs(values - tables[BASE]).max()),
-            }
-        )
+        largest = float(np.abs(values - tables[BASE]).max())
+        rows.append({**compared(tables, name, BASE), "largest_change": largest})
         print(rows[-1], flush=True)
     if options.output:
         content = {"environment": facts, "split": data.split_hash, "rows": rows}

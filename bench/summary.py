@@ -167,14 +167,9 @@ def precision_markdown(rows: list[Record]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for r in rows:
-        change = (
-            "–"
-            if r["change"] is None
-            else f"{r['change']:+.5f} [{r['change_low']:+.5f}, {r['change_high']:+.5f}]"
-        )
         lines.append(
-            f"| {r['network']} | {r['pictures']} | {r['dice']:.4f} "
-            f"[{r['dice_low']:.4f}, {r['dice_high']:.4f}] | {change} | {r['largest_change']:.4f} |"
+            f"| {r['network']} | {r['pictures']} | {_dice_cells(r, 5)} | "
+            f"{r['largest_change']:.4f} |"
         )
     return "\n".join(lines)
 
@@ -187,14 +182,17 @@ def magnified_markdown(rows: list[Record]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
-        change = (
-            "–"
-            if r["change"] is None
-            else f"{r['change']:+.4f} [{r['change_low']:+.4f}, {r['change_high']:+.4f}]"
-        )
         lines.append(
-            f"| {r['factor']:g}× | {r['median_share']:.0%} | {r['network']} | {r['dice']:.4f} "
-            f"[{r['dice_low']:.4f}, {r['dice_high']:.4f}] | {change} | {r['failed']} of "
-            f"{r['pictures']} |"
+            f"| {r['factor']:g}× | {r['median_share']:.0%} | {r['network']} | "
+            f"{_dice_cells(r, 4)} | {r['failed']} of {r['pictures']} |"
         )
     return "\n".join(lines)
+
+
+def _dice_cells(r: Record, digits: int) -> str:
+    """The mean Dice and its change, with their intervals; the change to so many digits."""
+    dice = f"{r['dice']:.4f} [{r['dice_low']:.4f}, {r['dice_high']:.4f}]"
+    if r["change"] is None:
+        return f"{dice} | –"
+    change, low, high = (f"{r[key]:+.{digits}f}" for key in ("change", "change_low", "change_high"))
+    return f"{dice} | {change} [{low}, {high}]"

@@ -71,12 +71,13 @@ class Evaluation:
         truths = batch["mask"][:, 0].to("cpu").numpy().astype(np.uint8)
         small = discretise(logits)[:, 0].to("cpu").numpy()
         for index, name in enumerate(batch["id"]):
-            if bool(logits[index].isnan().any()):
-                raise ValueError(f"{name}: the network's output is not a number (NaN) somewhere")
             truth = self.data.native_mask(name)
             height, width = truth.shape
             probability = probabilities(logits[index : index + 1], (height, width))
-            native = most_probable(probability)[0].to("cpu").numpy()
+            try:
+                native = most_probable(probability)[0].to("cpu").numpy()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
             as_seen = probabilities(logits[index : index + 1], truths[index].shape)
             bins = self._bins[name] = {
                 "network": calibration_bins(truths[index], as_seen[0].to("cpu").numpy()),

@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from eamnet.data.source import IMAGE_EXTENSIONS, UnreadablePictureError, read_image
+from eamnet.data.source import (
+    IMAGE_EXTENSIONS,
+    UnreadablePictureError,
+    named_as_picture,
+    read_image,
+)
 from eamnet.data.transforms import resize_image, to_float
 from eamnet.folding import fold, native_bfloat16
 from eamnet.metrics import THRESHOLD, write_atomic
@@ -333,11 +338,9 @@ def _jobs(
         if path.is_dir():
             found = sorted(path.rglob("*") if recursive else path.glob("*"))
             for file in found:
-                # Earlier results inside the folder are no input, nor is what macOS hides beside
-                # a picture, ._picture.jpg.
+                # Earlier results inside the folder are no input.
                 own = any(folder in file.resolve().parents for folder in results)
-                named = file.suffix.lower() in IMAGE_EXTENSIONS and not file.name.startswith(".")
-                if named and file.is_file() and not own:
+                if named_as_picture(file) and file.is_file() and not own:
                     pictures[file] = file.relative_to(path)
         elif path.is_file():
             pictures[path] = Path(path.name)

@@ -401,6 +401,11 @@ def _kind(name: str) -> str:
     return f"*{'' if tail[1:].isdigit() else tail}{dot}{extension}" if stem else name
 
 
+def named_as_picture(path: Path) -> bool:
+    """Whether a file has a picture's ending and is not hidden, as macOS's ._picture.jpg are."""
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+
+
 def list_pictures(folder: Path, suffixes: Sequence[str] = ("",), prefix: str = "") -> Listing:
     """Sort a folder's entries into pictures and stray files; nothing is opened.
 
@@ -417,8 +422,12 @@ def list_pictures(folder: Path, suffixes: Sequence[str] = ("",), prefix: str = "
     for path in sorted(folder.iterdir()):
         stem = path.stem
         ending = next((s for s in suffixes if stem.lower().endswith(s)), None)
-        is_picture = path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
-        if ending is None or not is_picture or not stem.startswith(prefix) or path.is_dir():
+        if (
+            ending is None
+            or not named_as_picture(path)
+            or not stem.startswith(prefix)
+            or path.is_dir()
+        ):
             stray.append(path.name + ("/" if path.is_dir() else ""))
             continue
         picture_id = unicodedata.normalize("NFC", stem[: len(stem) - len(ending)])
