@@ -31,10 +31,9 @@ def activation_backward(activation: str, preactivation: Tensor, grad: Tensor) ->
     """The gradient of the preactivation."""
     if activation == "relu":
         # As torch: nothing at zero and below, and a NaN preactivation lets the gradient through.
-        return torch.where(preactivation <= 0, 0.0, grad)
+        return torch.ops.aten.threshold_backward(grad, preactivation, 0)
     if activation == "silu":
-        sigmoid = torch.sigmoid(preactivation)
-        return grad * sigmoid * (1 + preactivation * (1 - sigmoid))
+        return torch.ops.aten.silu_backward(grad, preactivation)
     return grad
 
 
@@ -88,6 +87,10 @@ def _conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: int, padding: int
 ) -> tuple[Tensor, Tensor]:
     groups = x.shape[1] // weight.shape[1]
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.shape[1] == 1 < dilation:
+        # oneDNN's gradient of dilated depthwise weights from a channels-last x is wrong, or ends the
+        # process, on processors that multiply bfloat16 (torch 2.14.1, pictures of 64x64).
+        x = x.contiguous()
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], groups,
         [True, True, False],

@@ -255,6 +255,7 @@ _CONV_KINDS: dict[str, dict[str, Any]] = {
     "five-branches": {"shape": (1, 12, 10, 9), "dilations": (1, 2, 3, 4, 6)},
     "dilation-beyond-picture": {"shape": (1, 8, 4, 5), "dilations": (1, 4, 40)},
     "wide-groups": {"shape": (1, 48, 9, 29), "dilations": (2,)},
+    "rows-of-64": {"shape": (1, 16, 64, 64), "dilations": (2,)},
 }
 
 MULTI_DILATION_CONV = Operator(
