@@ -69,7 +69,6 @@ LEVELS: dict[str, dict[str, list[str]]] = {
         "baseline": [],
         "avx2": AVX2,
         "avx512": AVX512,
-        "avx512_bf16": [*AVX512, "-mavx512bf16"],
         "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {"baseline": []},

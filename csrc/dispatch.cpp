@@ -13,8 +13,7 @@
 namespace eamnet {
 namespace {
 
-constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx512, Level::avx512_bf16,
-                            Level::amx_bf16};
+constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx512, Level::amx_bf16};
 
 #if defined(__x86_64__)
 // Linux lets a process use the tile registers, 8 KiB that each thread then saves, only if it asks; it
@@ -42,10 +41,8 @@ bool supported(Level level) {
       return supported(Level::avx2) && __builtin_cpu_supports("avx512f") &&
           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
           __builtin_cpu_supports("avx512vl");
-    case Level::avx512_bf16:
-      return supported(Level::avx512) && __builtin_cpu_supports("avx512bf16");
     case Level::amx_bf16:
-      return supported(Level::avx512_bf16) && tiles_permitted();
+      return supported(Level::avx512) && __builtin_cpu_supports("avx512bf16") && tiles_permitted();
   }
   return false;
 #else
@@ -80,8 +77,6 @@ const char* level_name(Level level) {
       return "avx2";
     case Level::avx512:
       return "avx512";
-    case Level::avx512_bf16:
-      return "avx512_bf16";
     case Level::amx_bf16:
       return "amx_bf16";
   }

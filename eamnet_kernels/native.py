@@ -65,8 +65,7 @@ def error() -> BaseException | None:
 
 
 def cpu_level() -> str:
-    """The instruction set the CPU kernels use: "baseline", "avx2", "avx512", "avx512_bf16" or
-    "amx_bf16".
+    """The instruction set the CPU kernels use: "baseline", "avx2", "avx512" or "amx_bf16".
 
     The environment variable EAMNET_CPU_LEVEL forces one; an unknown or unsupported one raises
     RuntimeError here and in every kernel. Raises NativeLibraryError where nothing is loaded.

@@ -49,7 +49,7 @@ namespace detail {
 // rows × columns (1 or 2 each) tiles of C in registers 0 to 3, A in 4 and 5, B in 6 and 7.
 template <int rows, int columns, bool accumulate>
 EAMNET_INLINE void tile_block(
-    int64_t steps, const bfloat16* a, int64_t a_stride, const bfloat16* b, int64_t b_step,
+    int64_t steps, const bfloat16* a, int64_t a_stride, int64_t a_step, const bfloat16* b, int64_t b_step,
     int64_t b_column, float* c, int64_t c_stride) {
   const int64_t a_bytes = a_stride * 2, c_bytes = c_stride * 4;
   float* below = c + kTileRows * c_stride;
@@ -65,7 +65,7 @@ EAMNET_INLINE void tile_block(
     if constexpr (rows == 2 && columns == 2) _tile_zero(3);
   }
   for (int64_t s = 0; s < steps; ++s) {
-    const bfloat16* left = a + s * kTileDepth;
+    const bfloat16* left = a + s * a_step;
     const bfloat16* right = b + s * b_step;
     _tile_loadd(4, left, a_bytes);
     _tile_loadd(6, right, 64);
@@ -89,11 +89,11 @@ EAMNET_INLINE void tile_block(
 }  // namespace detail
 
 // C (+)= A B of `rows` × `columns` tiles over `steps` tiles of depth. Tile (step, column) of B starts
-// at b + step*b_step + column*b_column.
+// at b + step*b_step + column*b_column, the first row of A's at a + step*a_step.
 template <bool accumulate>
 inline void tile_product(
     int64_t rows, int64_t columns, int64_t steps, const bfloat16* a, int64_t a_stride, const bfloat16* b,
-    int64_t b_step, int64_t b_column, float* c, int64_t c_stride) {
+    int64_t b_step, int64_t b_column, float* c, int64_t c_stride, int64_t a_step = kTileDepth) {
   for (int64_t i = 0; i < rows; i += 2) {
     const bfloat16* left = a + i * kTileRows * a_stride;
     for (int64_t j = 0; j < columns; j += 2) {
@@ -101,7 +101,7 @@ inline void tile_product(
       float* to = c + i * kTileRows * c_stride + j * 16;
       const auto block = [&]<int r, int w>() __attribute__((always_inline)) {
         detail::tile_block<r, w, accumulate>(
-            steps, left, a_stride, right, b_step, b_column, to, c_stride);
+            steps, left, a_stride, a_step, right, b_step, b_column, to, c_stride);
       };
       if (i + 1 < rows) {
         j + 1 < columns ? block.template operator()<2, 2>() : block.template operator()<2, 1>();

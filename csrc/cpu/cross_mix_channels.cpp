@@ -93,6 +93,11 @@ EAMNET_INLINE Vec<T> keep(Vec<T> x) {
   return x;
 }
 
+// Whether the pixels are multiplied in matrix tiles (gemm_amx.h). The sums over pixels are not: what is
+// made of them would keep the rounding of their operands.
+template <class S>
+constexpr bool kInTiles = !std::is_same_v<LeftOf<S>, PackedLeft<Compute<S>>>;
+
 // Panels' rows lie this far apart: not a power of two, whose rows would evict one another.
 template <class T>
 constexpr int64_t panel_stride(int64_t pixels) {
@@ -375,18 +380,43 @@ EAMNET_INLINE void mix_block(
   }
 }
 
+// Matrices of C x C below each other as the left operand of gemm, (matrices C) x C, with the strides of
+// pack_rows. For matrix tiles, which take them one by one; rounded to bfloat16, as those take them.
+template <class Left, int matrices, class T>
+Left stack(
+    int64_t C, const T* const (&m)[matrices], const int64_t (&row_stride)[matrices],
+    const int64_t (&column_stride)[matrices], std::vector<typename Left::Value>& storage) {
+  std::vector<T> rows;
+  rows.reserve(static_cast<size_t>(matrices * C * C));
+  for (int q = 0; q < matrices; ++q) {
+    for (int64_t i = 0; i < C; ++i) {
+      for (int64_t k = 0; k < C; ++k) rows.push_back(m[q][i * row_stride[q] + k * column_stride[q]]);
+    }
+  }
+  storage.resize(static_cast<size_t>(Left::size(matrices * C, C)));
+  return Left::pack(matrices * C, C, rows.data(), C, 1, storage.data());
+}
+
 template <class S, class T = Compute<S>>
 void apply(const ApplyMix& a) {
   using V = Vec<T>;
+  using Left = LeftOf<S>;
   constexpr int rows = kForwardRows, block = kForwardVectors * V::width;
   const FeatureMap& x = a.x;
   const int64_t C = x.channels, N = x.pixels, row_blocks = ceil_div(C, rows);
-  std::vector<T> packed(static_cast<size_t>(x.batch * row_blocks * rows * 2 * C));
+  std::vector<T> packed(static_cast<size_t>(kInTiles<S> ? 0 : x.batch * row_blocks * rows * 2 * C));
   const auto packed_of = [&](int64_t b) { return packed.data() + b * row_blocks * rows * 2 * C; };
+  std::vector<std::vector<typename Left::Value>> storage(static_cast<size_t>(x.batch));
+  std::vector<Left> stacked(storage.size());
   parallel_for(x.batch, 0, [&](int64_t b, Scratch&) {
     const T* a1 = static_cast<const T*>(a.matrices) + b * C * C;
-    for (int64_t r = 0; r < row_blocks; ++r) {
-      pack_rows<T, rows, 2>(C, r, {a1, a1 + x.batch * C * C}, {C, C}, {1, 1}, packed_of(b));
+    const T* a2 = a1 + x.batch * C * C;
+    if constexpr (kInTiles<S>) {
+      stacked[b] = stack<Left, 2>(C, {a1, a2}, {C, C}, {1, 1}, storage[b]);
+    } else {
+      for (int64_t r = 0; r < row_blocks; ++r) {
+        pack_rows<T, rows, 2>(C, r, {a1, a2}, {C, C}, {1, 1}, packed_of(b));
+      }
     }
   });
 
@@ -401,15 +431,26 @@ void apply(const ApplyMix& a) {
     T* out = scratch.take<T>(C * stride);
     load_gate(static_cast<const S*>(a.gate) + b * N + first, count, gate);
     load_panel<S>(x, b, first, count, panel, stride);
-    int64_t n = 0;
-    for (; n + block <= round_up(count, V::width); n += block) {
-      for (int64_t i = 0; i < C; i += rows) {
-        mix_block<kForwardVectors>(C, i, packed_of(b), panel + n, stride, gate + n, out + n);
+    if constexpr (kInTiles<S>) {
+      gemm<T>(
+          2 * C, round_up(count, V::width), C, stacked[b], Rows<T>{panel, stride},
+          [&](int64_t i, int64_t n, V y, auto) __attribute__((always_inline)) {
+            const bool second = i >= C;
+            const int64_t at = (second ? i - C : i) * stride + n;
+            (second ? fma(y, V::load(gate + n), V::load(out + at)) : V::load(panel + at) + y)
+                .store(out + at);
+          });
+    } else {
+      int64_t n = 0;
+      for (; n + block <= round_up(count, V::width); n += block) {
+        for (int64_t i = 0; i < C; i += rows) {
+          mix_block<kForwardVectors>(C, i, packed_of(b), panel + n, stride, gate + n, out + n);
+        }
       }
-    }
-    for (; n < count; n += V::width) {
-      for (int64_t i = 0; i < C; i += rows) {
-        mix_block<1>(C, i, packed_of(b), panel + n, stride, gate + n, out + n);
+      for (; n < count; n += V::width) {
+        for (int64_t i = 0; i < C; i += rows) {
+          mix_block<1>(C, i, packed_of(b), panel + n, stride, gate + n, out + n);
+        }
       }
     }
     store_panel<S>(a.y, b, first, count, out, stride);
@@ -480,17 +521,27 @@ void apply_backward(const ApplyMixBackward& a) {
   constexpr int rows = kBackwardRows, block = kBackwardVectors * V::width;
   const FeatureMap& x = a.x;
   const int64_t C = x.channels, N = x.pixels, row_blocks = ceil_div(C, rows);
-  std::vector<T> packed(static_cast<size_t>(x.batch * row_blocks * rows * 5 * C));
+  std::vector<T> packed(static_cast<size_t>(kInTiles<S> ? 0 : x.batch * row_blocks * rows * 5 * C));
   const auto packed_of = [&](int64_t b) { return packed.data() + b * row_blocks * rows * 5 * C; };
+  using Left = LeftOf<S>;
+  std::vector<std::vector<typename Left::Value>> by_grad_storage(static_cast<size_t>(x.batch));
+  std::vector<std::vector<typename Left::Value>> by_x_storage(by_grad_storage.size());
+  std::vector<Left> by_grad(by_grad_storage.size()), by_x(by_grad_storage.size());
   parallel_for(x.batch, 0, [&](int64_t b, Scratch&) {
     const int64_t next = x.batch * C * C;
     const T* a1 = static_cast<const T*>(a.matrices) + b * C * C;
     const T* d0 = static_cast<const T*>(a.doubled) + b * C * C;
-    for (int64_t r = 0; r < row_blocks; ++r) {
-      // Transposes of A; the D are symmetric.
-      pack_rows<T, rows, 5>(
-          C, r, {a1, a1 + next, d0, d0 + next, d0 + 2 * next}, {1, 1, 1, 1, 1}, {C, C, C, C, C},
-          packed_of(b));
+    // Transposes of A; the D are symmetric.
+    if constexpr (kInTiles<S>) {
+      by_grad[b] = stack<Left, 2>(C, {a1, a1 + next}, {1, 1}, {C, C}, by_grad_storage[b]);
+      by_x[b] = stack<Left, 3>(
+          C, {d0, d0 + next, d0 + 2 * next}, {1, 1, 1}, {C, C, C}, by_x_storage[b]);
+    } else {
+      for (int64_t r = 0; r < row_blocks; ++r) {
+        pack_rows<T, rows, 5>(
+            C, r, {a1, a1 + next, d0, d0 + next, d0 + 2 * next}, {1, 1, 1, 1, 1}, {C, C, C, C, C},
+            packed_of(b));
+      }
     }
   });
 
@@ -509,22 +560,48 @@ void apply_backward(const ApplyMixBackward& a) {
     load_panel<S>(x, b, first, count, panel, stride);
     load_panel<S>(a.grad_y, b, first, count, grad_panel, stride);
     std::fill_n(grad_gate, stride, T(0));
-    int64_t n = 0;
-    for (; n + block <= round_up(count, V::width); n += block) {
-      for (int64_t i = 0; i < C; i += rows) {
-        mix_backward_block<kBackwardVectors>(
-            C, i, packed_of(b), grad_panel + n, panel + n, stride, gate + n, out + n, grad_gate + n);
+    if constexpr (kInTiles<S>) {
+      const int64_t padded = round_up(count, V::width);
+      gemm<T>(
+          2 * C, padded, C, by_grad[b], Rows<T>{grad_panel, stride},
+          [&](int64_t i, int64_t n, V y, auto) __attribute__((always_inline)) {
+            if (i < C) {
+              (V::load(grad_panel + i * stride + n) + y).store(out + i * stride + n);
+              return;
+            }
+            const int64_t at = (i - C) * stride + n;
+            fma(V::load(gate + n), y, V::load(out + at)).store(out + at);
+            fma(V::load(panel + at), y, V::load(grad_gate + n)).store(grad_gate + n);
+          });
+      gemm<T>(
+          3 * C, padded, C, by_x[b], Rows<T>{panel, stride},
+          [&](int64_t i, int64_t n, V y, auto) __attribute__((always_inline)) {
+            const int64_t power = i < C ? 0 : i < 2 * C ? 1 : 2, at = (i - power * C) * stride + n;
+            const V g = V::load(gate + n);
+            V in_out = y, in_gate = y;  // times the power of the gate, and its derivative's half
+            if (power == 1) in_out *= g, in_gate *= V(T(0.5));
+            if (power == 2) in_gate *= g, in_out = in_gate * g;
+            (V::load(out + at) + in_out).store(out + at);
+            if (power > 0) fma(V::load(panel + at), in_gate, V::load(grad_gate + n)).store(grad_gate + n);
+          });
+    } else {
+      int64_t n = 0;
+      for (; n + block <= round_up(count, V::width); n += block) {
+        for (int64_t i = 0; i < C; i += rows) {
+          mix_backward_block<kBackwardVectors>(
+              C, i, packed_of(b), grad_panel + n, panel + n, stride, gate + n, out + n, grad_gate + n);
+        }
       }
-    }
-    for (; n < count; n += V::width) {
-      for (int64_t i = 0; i < C; i += rows) {
-        mix_backward_block<1>(
-            C, i, packed_of(b), grad_panel + n, panel + n, stride, gate + n, out + n, grad_gate + n);
+      for (; n < count; n += V::width) {
+        for (int64_t i = 0; i < C; i += rows) {
+          mix_backward_block<1>(
+              C, i, packed_of(b), grad_panel + n, panel + n, stride, gate + n, out + n, grad_gate + n);
+        }
       }
     }
     store_panel<S>(a.grad_x, b, first, count, out, stride);
     S* to = static_cast<S*>(a.grad_gate) + b * N + first;
-    for (n = 0; n < count; ++n) to[n] = narrow<S>(grad_gate[n]);
+    for (int64_t n = 0; n < count; ++n) to[n] = narrow<S>(grad_gate[n]);
   });
 }
 

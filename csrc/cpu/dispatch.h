@@ -16,7 +16,7 @@
 
 namespace eamnet {
 
-enum class Level : int { baseline, avx2, avx512, avx512_bf16, amx_bf16 };
+enum class Level : int { baseline, avx2, avx512, amx_bf16 };
 
 // The level in use: the highest that this processor has, or that of the environment variable
 // EAMNET_CPU_LEVEL, read at the first call. Throws std::runtime_error where the variable names a
@@ -31,14 +31,12 @@ const char* level_name(Level level);
   namespace baseline { void name(const Arguments&); }                                      \
   namespace avx2 { void name(const Arguments&); }                                          \
   namespace avx512 { void name(const Arguments&); }                                        \
-  namespace avx512_bf16 { void name(const Arguments&); }                                   \
   namespace amx_bf16 { void name(const Arguments&); }                                      \
   inline void name(const Arguments& arguments) {                                           \
     switch (active_level()) {                                                              \
       case Level::baseline: return baseline::name(arguments);                              \
       case Level::avx2: return avx2::name(arguments);                                      \
       case Level::avx512: return avx512::name(arguments);                                  \
-      case Level::avx512_bf16: return avx512_bf16::name(arguments);                        \
       case Level::amx_bf16: return amx_bf16::name(arguments);                              \
     }                                                                                      \
   }

@@ -105,11 +105,11 @@ void product(int64_t M, int64_t N, int64_t K, const Left& left, const Right& rig
   gemm<T, Loop::apart>(M, N, K, left, right, sink);
 }
 
-template <class T>
-PackedLeft<T> packed(int64_t M, int64_t K, const T* a, int64_t row_stride, int64_t depth_stride,
-                     std::vector<T>& storage) {
-  storage.resize(static_cast<size_t>(PackedLeft<T>::size(M, K)));
-  return pack_left<T>(M, K, a, row_stride, depth_stride, storage.data());
+template <class Left, class T>
+Left packed(int64_t M, int64_t K, const T* a, int64_t row_stride, int64_t depth_stride,
+            std::vector<typename Left::Value>& storage) {
+  storage.resize(static_cast<size_t>(Left::size(M, K)));
+  return Left::pack(M, K, a, row_stride, depth_stride, storage.data());
 }
 
 // 1 / (1e-9 + Σ_s rows[s, j..]) for a vector of pixels. In runs of eight, whose sums lose less than
@@ -234,9 +234,10 @@ void forward(const MemoryForward& m) {
   const int64_t rows = slots + (by_features ? C : 0), depth = by_features ? top_k : slots;
   const T* w_out = static_cast<const T*>(m.w_out);
   const T* value = static_cast<const T*>(m.value);
-  std::vector<T> key_storage, value_storage;
-  const PackedLeft<T> key = packed(slots, C, static_cast<const T*>(m.key), C, 1, key_storage);
-  const PackedLeft<T> features = packed(C, slots, value, 1, C, value_storage);
+  using Left = LeftOf<S>;
+  std::vector<typename Left::Value> key_storage, value_storage;
+  const Left key = packed<Left>(slots, C, static_cast<const T*>(m.key), C, 1, key_storage);
+  const Left features = packed<Left>(C, slots, value, 1, C, value_storage);
 
   const Cut<T> cut(m.x, C + slots, rows);
   const int64_t tiles = cut.tiles, stride = cut.stride;
@@ -245,8 +246,8 @@ void forward(const MemoryForward& m) {
   std::vector<T> top(static_cast<size_t>(cut.group * tiles * slots)), total(top.size());
   std::vector<T> scores(static_cast<size_t>(select ? cut.group * tiles * C : 0));
   std::vector<int64_t> channels(static_cast<size_t>(cut.group * top_k));
-  const int64_t left_size = PackedLeft<T>::size(C, depth);
-  std::vector<T> left(static_cast<size_t>(cut.group * left_size));
+  const int64_t left_size = Left::size(C, depth);
+  std::vector<typename Left::Value> left(static_cast<size_t>(cut.group * left_size));
   // Without selection R is the same for all samples and made once.
   bool left_ready = false;
 
@@ -305,11 +306,11 @@ void forward(const MemoryForward& m) {
         score[c] = static_cast<T>(over_tiles);
       }
       choose(score, top_k, kept, chosen);
-      T* to = left.data() + b * left_size;
+      auto* to = left.data() + b * left_size;
       if (by_features) {
         std::vector<T> w(static_cast<size_t>(C * top_k));
         kept_columns(w_out, C, kept, chosen, top_k, w.data());
-        pack_left<T>(C, top_k, w.data(), top_k, 1, to);
+        Left::pack(C, top_k, w.data(), top_k, 1, to);
         return;
       }
       // R is small, and its errors would add up over the slots: in double precision, then rounded once.
@@ -319,9 +320,9 @@ void forward(const MemoryForward& m) {
         for (int64_t s = 0; s < slots; ++s) v[k * slots + s] = value[s * C + chosen[k]];
       }
       std::vector<double> w_packed, r(static_cast<size_t>(C * slots));
-      gemm<double>(C, slots, top_k, packed<double>(C, top_k, w.data(), top_k, 1, w_packed),
+      gemm<double>(C, slots, top_k, packed<PackedLeft<double>>(C, top_k, w.data(), top_k, 1, w_packed),
                    Rows<double>{v.data(), slots}, store_to(r.data(), slots));
-      pack_left<T>(C, slots, r.data(), slots, 1, to);
+      Left::pack(C, slots, r.data(), slots, 1, to);
     });
     left_ready = true;
 
@@ -337,7 +338,7 @@ void forward(const MemoryForward& m) {
       for (int64_t k = 0; k < depth; ++k) {
         right[k] = e + (by_features ? slots + channels[b * top_k + k] : k) * stride;
       }
-      const PackedLeft<T> matrix{left.data() + (select ? b : 0) * left_size, depth};
+      const auto matrix = Left::at(left.data() + (select ? b : 0) * left_size, depth);
       product<T>(C, padded, depth, matrix, RowTable<T>{right}, store_to(y, stride));
       store_panel<S>(m.y, b0 + b, cut.first(t), cut.count(t), y, stride);
     });
@@ -363,9 +364,10 @@ void backward(const MemoryBackward& m) {
   const int64_t C = m.x.channels, slots = m.slots, size = C * slots;
   const T* key_rows = static_cast<const T*>(m.key);
   const T* lse = static_cast<const T*>(m.lse);
-  std::vector<T> key_storage, transposed_storage;
-  const PackedLeft<T> key = packed(slots, C, key_rows, C, 1, key_storage);
-  const PackedLeft<T> key_transposed = packed(C, slots, key_rows, 1, C, transposed_storage);
+  using Left = LeftOf<S>;
+  std::vector<typename Left::Value> key_storage, transposed_storage;
+  const Left key = packed<Left>(slots, C, key_rows, C, 1, key_storage);
+  const Left key_transposed = packed<Left>(C, slots, key_rows, 1, C, transposed_storage);
 
   // Sums over pixels are made as products by a matrix of S columns, a tile of E or dL turned over: twice
   // the speed of dot products of rows (measured on AVX2: 75 and 40 GFLOP/s).
@@ -378,23 +380,26 @@ void backward(const MemoryBackward& m) {
   std::vector<T> row_parts(static_cast<size_t>(cut.group * slabs * slots));
   std::vector<T> row(static_cast<size_t>(cut.group * slots));
   std::vector<double> grad_key(static_cast<size_t>(size));  // dKᵀ
-  std::vector<std::vector<T>> readout_storage(static_cast<size_t>(cut.group));
+  std::vector<std::vector<typename Left::Value>> readout_storage(static_cast<size_t>(cut.group));
 
   for (int64_t b0 = 0; b0 < m.x.batch; b0 += cut.group) {
     const int64_t samples = std::min(cut.group, m.x.batch - b0);
-    std::vector<PackedLeft<T>> readout;  // Rᵀ
+    std::vector<Left> readout;  // Rᵀ
     for (int64_t b = 0; b < samples; ++b) {
       const T* from = static_cast<const T*>(m.readout) + (b0 + b) * size;
-      readout.push_back(packed(slots, C, from, 1, slots, readout_storage[b]));
+      readout.push_back(packed<Left>(slots, C, from, 1, slots, readout_storage[b]));
     }
     std::fill(products.begin(), products.end(), T(0));
     std::fill(row_parts.begin(), row_parts.end(), T(0));
 
-    const size_t panels = Scratch::bytes<T>(C * stride) + Scratch::bytes<T>(cut.tile * turned_stride);
+    const int64_t rows_size = Left::rows_size(C, round_up(cut.tile, V::width));
+    const size_t panels = Scratch::bytes<T>(C * stride) + Scratch::bytes<T>(cut.tile * turned_stride) +
+        Scratch::bytes<typename Left::Value>(rows_size);
     parallel_for(samples * slabs, panels + 2 * Scratch::bytes<T>(stride), [&](int64_t chunk, Scratch& scratch) {
       const int64_t b = chunk / slabs, slab = chunk % slabs;
       T* panel = scratch.take<T>(C * stride);
       T* turned = scratch.take<T>(cut.tile * turned_stride);
+      auto* rows = scratch.take<typename Left::Value>(rows_size);
       T* inverse = scratch.take<T>(stride);
       T* dot = scratch.take<T>(stride);
       T* sums = products.data() + chunk * size;
@@ -446,8 +451,8 @@ void backward(const MemoryBackward& m) {
           }
         }
         transpose_panel(e, stride, slots, padded, turned, turned_stride);
-        product<T>(C, slots, padded, StridedLeft<T>{panel, stride, 1}, Rows<T>{turned, turned_stride},
-                add_to(sums, slots));
+        product<T>(C, slots, padded, Left::of_rows(C, padded, panel, stride, rows),
+                Rows<T>{turned, turned_stride}, add_to(sums, slots));
       }
     });
     parallel_for(samples, 0, [&](int64_t b, Scratch&) {
@@ -463,6 +468,7 @@ void backward(const MemoryBackward& m) {
       const int64_t b = chunk / slabs, slab = chunk % slabs;
       T* panel = scratch.take<T>(C * stride);
       T* turned = scratch.take<T>(cut.tile * turned_stride);
+      auto* rows = scratch.take<typename Left::Value>(rows_size);
       T* sums = products.data() + chunk * size;
       const int64_t end = std::min((slab + 1) * cut.slab_tiles, tiles);
       for (int64_t t = slab * cut.slab_tiles; t < end; ++t) {
@@ -480,7 +486,7 @@ void backward(const MemoryBackward& m) {
         const Rows<T> grad_logits{ede, stride};
         load_panel<S>(m.x, b0 + b, first, count, panel, stride);
         transpose_panel(ede, stride, slots, padded, turned, turned_stride);
-        product<T>(C, slots, padded, StridedLeft<T>{panel, stride, 1},
+        product<T>(C, slots, padded, Left::of_rows(C, padded, panel, stride, rows),
                 Rows<T>{turned, turned_stride}, add_to(sums, slots));
         product<T>(C, padded, slots, key_transposed, grad_logits, store_to(panel, stride));
         store_panel<S>(m.grad_x, b0 + b, first, count, panel, stride);

@@ -3,11 +3,13 @@
 //   Y = A X         gemm(M, N, K, packed A, rows of X, sink)          N contiguous in X
 //   Y = A X Bᵀ ...  gemm_transposed(M, M2, N, rows of X, rows of Z, sink)   X Zᵀ, summed over pixels
 //
-// Operands. The left operand is read one value at a time and is best packed (PackedLeft, made by
-// pack_left, which takes any strides: a transpose is a swap of strides); StridedLeft reads a matrix
-// where it lies. The right operand is anything with row(k), a pointer to N contiguous values:
-// Rows (base and stride) or RowTable (one pointer per row: shifted rows of a convolution). Either may
-// hold bfloat16, widened to float32 as it is read. Everything is computed in T = float or double.
+// Operands. The left operand is read one value at a time and is best packed (PackedLeft::pack takes any
+// strides: a transpose is a swap of strides); StridedLeft reads a matrix where it lies. What an operator
+// multiplies maps stored as S by is a LeftOf<S>: for bfloat16 where there are matrix tiles a TileLeft
+// (gemm_amx.h), with which both operands are rounded to bfloat16, else a PackedLeft. The right operand
+// is anything with row(k), a pointer to N contiguous values: Rows (base and stride) or RowTable (one
+// pointer per row: shifted rows of a convolution). Either may hold bfloat16, widened to float32 as it is
+// read. But for tiles everything is computed in T = float or double.
 //
 // Sinks receive the result a vector at a time, so that whatever follows (bias, activation, residual,
 // rounding to bfloat16) happens in registers:
@@ -24,6 +26,7 @@
 #include <cstdint>
 
 #include "cpu/feature_map.h"
+#include "cpu/gemm_amx.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -66,21 +69,6 @@ struct RowTable {
   EAMNET_INLINE const S* row(int64_t k) const { return data[k]; }
 };
 
-// A (M×K) as blocks of kRowBlock rows, each block K × kRowBlock; rows beyond M are zero.
-template <class T>
-struct PackedLeft {
-  const T* data;
-  int64_t depth;
-
-  static constexpr int64_t size(int64_t M, int64_t K) { return round_up(M, kRowBlock) * K; }
-
-  struct Block {
-    const T* p;
-    EAMNET_INLINE T at(int r, int64_t k) const { return p[k * kRowBlock + r]; }
-  };
-  EAMNET_INLINE Block block(int64_t i, int64_t) const { return {data + i * depth}; }
-};
-
 // A[i, k] = data[i*row_stride + k*depth_stride], not copied.
 template <class T, class S = T>
 struct StridedLeft {
@@ -100,22 +88,61 @@ struct StridedLeft {
     b.depth_stride = depth_stride;
     return b;
   }
+
+  // Without the columns before k.
+  StridedLeft from(int64_t k) const { return {data + k * depth_stride, row_stride, depth_stride}; }
 };
 
-// Packs A[i, k] = a[i*row_stride + k*depth_stride] into PackedLeft<T>::size(M, K) values at `packed`.
-template <class T, class S>
-inline PackedLeft<T> pack_left(
-    int64_t M, int64_t K, const S* a, int64_t row_stride, int64_t depth_stride, T* packed) {
-  T* out = packed;
-  for (int64_t i = 0; i < M; i += kRowBlock) {
-    for (int64_t k = 0; k < K; ++k) {
-      for (int64_t r = i; r < i + kRowBlock; ++r) {
-        *out++ = r < M ? T(widen(a[r * row_stride + k * depth_stride])) : T(0);
+// A (M×K) as blocks of kRowBlock rows, each block K × kRowBlock; rows beyond M are zero.
+template <class T>
+struct PackedLeft {
+  using Value = T;
+  const T* data;
+  int64_t depth;
+
+  static constexpr int64_t size(int64_t M, int64_t K) { return round_up(M, kRowBlock) * K; }
+
+  // A[i, k] = a[i*row_stride + k*depth_stride] into size(M, K) values at `packed`.
+  template <class S>
+  static PackedLeft pack(
+      int64_t M, int64_t K, const S* a, int64_t row_stride, int64_t depth_stride, T* packed) {
+    T* out = packed;
+    for (int64_t i = 0; i < M; i += kRowBlock) {
+      for (int64_t k = 0; k < K; ++k) {
+        for (int64_t r = i; r < i + kRowBlock; ++r) {
+          *out++ = r < M ? T(widen(a[r * row_stride + k * depth_stride])) : T(0);
+        }
       }
     }
+    return {packed, K};
   }
-  return {packed, K};
-}
+  // What pack left at `packed`.
+  static PackedLeft at(const T* packed, int64_t K) { return {packed, K}; }
+
+  // A matrix of which the rows lie in memory, for one product; no buffer is needed.
+  static constexpr int64_t rows_size(int64_t, int64_t) { return 0; }
+  template <class S>
+  static StridedLeft<T, S> of_rows(int64_t, int64_t, const S* a, int64_t row_stride, T*) {
+    return {a, row_stride, 1};
+  }
+
+  // Without the columns before k.
+  EAMNET_INLINE PackedLeft from(int64_t k) const { return {data + k * kRowBlock, depth}; }
+
+  struct Block {
+    const T* p;
+    EAMNET_INLINE T at(int r, int64_t k) const { return p[k * kRowBlock + r]; }
+  };
+  EAMNET_INLINE Block block(int64_t i, int64_t) const { return {data + i * depth}; }
+};
+
+#if defined(__AMX_BF16__)
+template <class S>
+using LeftOf = std::conditional_t<std::is_same_v<S, bfloat16>, TileLeft, PackedLeft<Compute<S>>>;
+#else
+template <class S>
+using LeftOf = PackedLeft<Compute<S>>;
+#endif
 
 // --------------------------------------------------------------------------------------------- sinks
 
@@ -238,6 +265,15 @@ inline void gemm(int64_t M, int64_t N, int64_t K, const Left& left, const Right&
   }
   if (j < N) detail::gemm_columns<T, 1, loop>(M, j, K, left, right, sink, N - j);
 }
+
+#if defined(__AMX_BF16__)
+template <class T, Loop loop = Loop::within, class Right, class Sink>
+inline void gemm(
+    int64_t M, int64_t N, int64_t K, const TileLeft& left, const Right& right, Sink&& sink) {
+  static_assert(std::is_same_v<T, float>);
+  detail::gemm_tiles(M, N, K, left, right, sink);
+}
+#endif
 
 // ------------------------------------------------------------------------------------ sums over pixels
 

@@ -136,21 +136,22 @@ FeatureMap pixel_major(T* data, int64_t channels, int64_t pixels) {
 
 // The weights (c, c, 3, 3) of a dense branch as the left operand of convolve_dense, A[i, (ky*c + k)*3 + kx]
 // for output i and input k; for the transposed convolution, `mirrored`, the other way round.
-template <class S, class T>
-void pack_dense(const S* w, int64_t c, bool mirrored, T* packed) {
+template <class Left, class S>
+Left pack_dense(const S* w, int64_t c, bool mirrored, typename Left::Value* packed) {
   const int64_t output = (mirrored ? 1 : c) * kTaps, input = (mirrored ? c : 1) * kTaps;
-  for (int64_t i = 0; i < c; i += kRowBlock) {
+  std::vector<S> matrix;
+  matrix.reserve(static_cast<size_t>(c * c * kTaps));
+  for (int64_t i = 0; i < c; ++i) {
     for (int64_t ky = 0; ky < 3; ++ky) {
       for (int64_t k = 0; k < c; ++k) {
         for (int64_t kx = 0; kx < 3; ++kx) {
           const int64_t tap = mirrored ? kTaps - 1 - 3 * ky - kx : 3 * ky + kx;
-          for (int64_t r = i; r < i + kRowBlock; ++r) {
-            *packed++ = r < c ? T(widen(w[r * output + k * input + tap])) : T(0);
-          }
+          matrix.push_back(w[i * output + k * input + tap]);
         }
       }
     }
   }
+  return Left::pack(c, kTaps * c, matrix.data(), kTaps * c, 1, packed);
 }
 
 // Where in the panel the taps of all channels are, in the order of pack_dense.
@@ -165,16 +166,15 @@ void dense_offsets(const Halo<T>& halo, int64_t c, int64_t* offset) {
 
 // sink(i, r, j, y, count) for the rows r of the tile and y[j] = sum_k A[i, k] panel[offset[k] + ...j],
 // i < c. Taps above and below the picture are left out: of a dilation of 7 at 32x32 one in seven.
-template <class T, class Sink>
+template <class T, class Left, class Sink>
 void convolve_dense(
-    int64_t c, int64_t height, const Tile& tile, const Halo<T>& halo, const T* packed, const T* panel,
+    int64_t c, int64_t height, const Tile& tile, const Halo<T>& halo, const Left& weights, const T* panel,
     const int64_t* offset, Sink&& sink) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     const auto [first, last] = halo.taps_inside(tile.y + r, height);
     const int64_t skipped = first * 3 * c;
     gemm<T>(
-        c, tile.columns, (last - first) * 3 * c,
-        PackedLeft<T>{packed + skipped * kRowBlock, kTaps * c},
+        c, tile.columns, (last - first) * 3 * c, weights.from(skipped),
         ShiftedRows<T>{panel + r * halo.row_stride, offset + skipped},
         [&](int64_t i, int64_t j, auto y, auto count) __attribute__((always_inline)) {
           sink(i, r, j, y, count);
@@ -259,6 +259,70 @@ void correlate_gemm(
   }
 }
 
+#if defined(__AMX_BF16__)
+// The same in matrix tiles, one after the other for the rows of pixels: gz is rounded to bfloat16 as it
+// lies, so that a tap is a place to start from, and x is packed once for all taps.
+struct TileCorrelation {
+  int64_t c, channel_stride, rows, steps;  // steps: tiles that cover a row of pixels
+
+  // `channel_stride` is the panel's, or more.
+  TileCorrelation(int64_t c, int64_t channel_stride, int64_t rows, int64_t columns)
+      : c(c), channel_stride(channel_stride), rows(rows), steps(ceil_div(columns, kTileDepth)) {}
+  int64_t out_rows() const { return round_up(c, kTileRows); }
+  // A tile that ends beyond its row of pixels, or beyond the last channel's, is read all the same.
+  int64_t panel_values() const { return out_rows() * channel_stride + 2 * kTileDepth; }
+  int64_t tile_values() const { return ceil_div(c, 32) * steps * rows * 2 * kTile; }
+  size_t bytes() const {
+    return Scratch::bytes<bfloat16>(panel_values()) + Scratch::bytes<bfloat16>(tile_values()) +
+        Scratch::bytes<float>(out_rows() * 32);
+  }
+
+  void operator()(const Tile& tile, const Halo<float>& halo, const float* gz, const int64_t* offset,
+                  const FeatureMap& x, float* sums, Scratch scratch) const {
+    bfloat16* panel = scratch.take<bfloat16>(panel_values());
+    bfloat16* tiles = scratch.take<bfloat16>(tile_values());
+    float* result = scratch.take<float>(out_rows() * 32);
+    const int64_t stride = halo.channel_stride;
+    const int64_t valid = (tile.rows + 2 * halo.shift_y) * halo.row_stride;
+    for (int64_t k = 0; k < c; ++k) {
+      for_vectors<float>(valid, [&](int64_t j, auto count) __attribute__((always_inline)) {
+        store(load<float>(gz + k * stride + j, count), panel + k * stride + j, count);
+      });
+      // Read with a weight of zero, so no NaN may be there.
+      std::fill(panel + k * stride + valid, panel + (k + 1) * stride, bfloat16{0});
+    }
+    std::fill(panel + c * stride, panel + out_rows() * stride + 2 * kTileDepth, bfloat16{0});
+
+    const TileSession session;
+    const int64_t now = ceil_div(tile.columns, kTileDepth);
+    for (int64_t q = 0; q < c; q += 32) {
+      const int64_t columns = c - q > 16 ? 2 : 1;
+      for (int64_t s = 0; s < now; ++s) {
+        for (int64_t r = 0; r < tile.rows; ++r) {
+          const int64_t first = s * kTileDepth, pixel = r * tile.columns + first;
+          detail::pack_right(
+              0, std::min(kTileDepth, tile.columns - first), q, c,
+              Rows<float>{x.at<float>(0, 0, pixel), x.pixel_stride}, tiles + (s * tile.rows + r) * 2 * kTile);
+        }
+      }
+      for (int64_t t = 0; t < kTaps; ++t) {
+        for (int64_t s = 0; s < now; ++s) {
+          (s == 0 ? tile_product<false> : tile_product<true>)(
+              out_rows() / kTileRows, columns, tile.rows, panel + offset[t] + s * kTileDepth, stride,
+              tiles + s * tile.rows * 2 * kTile, 2 * kTile, kTile, result, 32, halo.row_stride);
+        }
+        for (int64_t o = 0; o < c; ++o) {
+          float* to = sums + (t * c + o) * c + q;
+          for_vectors<float>(std::min<int64_t>(32, c - q), [&](int64_t i, auto count) {
+            store(load<float>(to + i, count) + load<float>(result + o * 32 + i, count), to + i, count);
+          });
+        }
+      }
+    }
+  }
+};
+#endif
+
 // --------------------------------------------------------------------------------------------- forward
 
 // offset[3 ky + kx] of tap (ky, kx) of a channel; `mirrored` for the transposed convolution.
@@ -269,6 +333,35 @@ void tap_offsets(const Halo<T>& halo, bool mirrored, int64_t* offset) {
     offset[t] = halo.tap(tap / 3, tap % 3);
   }
 }
+
+// The branches' weights as they are multiplied by: dense ones packed for gemm.
+template <class S>
+struct BranchWeights {
+  using T = Compute<S>;
+  using Left = LeftOf<S>;
+  std::vector<Left> dense;
+
+  BranchWeights(const MultiDilationConv& a, bool mirrored) : channels_(a.group()) {
+    const int64_t c = channels_, n = a.branches(), size = Left::size(c, kTaps * c);
+    if (a.depthwise) per_channel_.reserve(static_cast<size_t>(n * c * kTaps));
+    else packed_.resize(static_cast<size_t>(n * size));
+    for (int64_t i = 0; i < n; ++i) {
+      const S* w = static_cast<const S*>(a.w_branches[i]);
+      if (!a.depthwise) dense.push_back(pack_dense<Left>(w, c, mirrored, packed_.data() + i * size));
+      for (int64_t k = 0; k < c * kTaps && a.depthwise; ++k) per_channel_.push_back(widen(w[k]));
+    }
+  }
+  BranchWeights(const BranchWeights&) = delete;  // `dense` points into `packed_`
+
+  const T* depthwise(int64_t branch, int64_t channel) const {
+    return per_channel_.data() + (branch * channels_ + channel) * kTaps;
+  }
+
+ private:
+  int64_t channels_;
+  std::vector<typename Left::Value> packed_;
+  std::vector<T> per_channel_;
+};
 
 // Pixels of a tile: its channels and the panel of a branch share the second-level cache.
 int64_t tile_pixels(int64_t channels) { return std::clamp<int64_t>(131072 / channels, 512, 8192); }
@@ -301,23 +394,14 @@ int64_t panel_size(const MultiDilationConv& a, const Tiling& tiling) {
 template <class S, class T = Compute<S>>
 void forward(const MultiDilationConvForward& a) {
   const int64_t C = a.x.channels, c = a.group(), n = a.branches(), K = a.depthwise ? kTaps : kTaps * c;
-  std::vector<T> point(PackedLeft<T>::size(C, C)), bias(C, T(0));
-  const auto w_point = pack_left<T>(C, C, static_cast<const S*>(a.w_point), C, 1, point.data());
+  using Left = LeftOf<S>;
+  std::vector<typename Left::Value> point(Left::size(C, C));
+  const Left w_point = Left::pack(C, C, static_cast<const S*>(a.w_point), C, 1, point.data());
+  std::vector<T> bias(C, T(0));
   if (a.bias) {
     for (int64_t i = 0; i < C; ++i) bias[i] = widen(static_cast<const S*>(a.bias)[i]);
   }
-  // Dense: each branch packed for gemm. Depthwise: as it is.
-  const int64_t branch_size = a.depthwise ? c * kTaps : PackedLeft<T>::size(c, K);
-  std::vector<T> w_branches(n * branch_size);
-  for (int64_t i = 0; i < n; ++i) {
-    const S* w = static_cast<const S*>(a.w_branches[i]);
-    T* to = w_branches.data() + i * branch_size;
-    if (a.depthwise) {
-      for (int64_t k = 0; k < c * kTaps; ++k) to[k] = widen(w[k]);
-    } else {
-      pack_dense(w, c, false, to);
-    }
-  }
+  const BranchWeights<S> w_branches(a, false);
 
   const Tiling tiling = forward_tiling(a);
   const int64_t stride = panel_stride<T>(tiling.rows() * tiling.columns());
@@ -337,7 +421,6 @@ void forward(const MultiDilationConvForward& a) {
 
     for (int64_t i = 0; i < n; ++i) {
       const Halo<T> halo(tile.rows, tile.columns, a.dilations[i]);
-      const T* w = w_branches.data() + i * branch_size;
       if (a.depthwise) tap_offsets(halo, false, offset);
       else dense_offsets(halo, c, offset);
       // Channels-last, z is stored from the whole tile below and only then activated.
@@ -357,12 +440,12 @@ void forward(const MultiDilationConvForward& a) {
         load_halo<S>(
             slice_channels(a.x, c + i * c + k, channels), a.height, a.width, tile, halo, panel);
         if (!a.depthwise) {
-          convolve_dense(c, a.height, tile, halo, w, panel, offset, finish);
+          convolve_dense(c, a.height, tile, halo, w_branches.dense[i], panel, offset, finish);
           continue;
         }
         for (int64_t q = 0; q < channels; ++q) {
           convolve_depthwise(
-              tile, halo, w + (k + q) * kTaps, panel + q * halo.channel_stride, offset,
+              tile, halo, w_branches.depthwise(i, k + q), panel + q * halo.channel_stride, offset,
               [&](int64_t r, int64_t j, auto z, auto count) __attribute__((always_inline)) {
                 finish(k + q, r, j, z, count);
               });
@@ -420,8 +503,9 @@ int64_t parts_of(int64_t tiles, int64_t pixels, int64_t channels, int64_t size, 
 template <class S, class T = Compute<S>>
 void backward_pointwise(const MultiDilationConvBackward& a) {
   const int64_t C = a.x.channels, c = a.group(), N = a.x.pixels;
-  std::vector<T> transposed(PackedLeft<T>::size(C, C));
-  const auto w = pack_left<T>(C, C, static_cast<const S*>(a.w_point), 1, C, transposed.data());
+  using Left = LeftOf<S>;
+  std::vector<typename Left::Value> transposed(Left::size(C, C));
+  const Left w = Left::pack(C, C, static_cast<const S*>(a.w_point), 1, C, transposed.data());
 
   const int64_t size = std::min(round_up(N, kColumnBlock<T>), round_up(tile_pixels(C) / 2, kColumnBlock<T>));
   const int64_t per_sample = ceil_div(N, size), tiles = a.x.batch * per_sample;
@@ -429,14 +513,18 @@ void backward_pointwise(const MultiDilationConvBackward& a) {
   const bool channels_last = a.grad_x.channels_last();
   std::vector<T> point(parts * C * C, T(0)), bias(parts * C, T(0));
   const size_t bytes = 2 * Scratch::bytes<T>(C * stride) + Scratch::bytes<T>(c * stride) +
-      Scratch::bytes<T>(size * round_up(C, Vec<T>::width));
-  constexpr int64_t kRun = 64;
+      Scratch::bytes<T>(size * round_up(C, Vec<T>::width)) +
+      Scratch::bytes<typename Left::Value>(Left::rows_size(C, size));
+  // Rounding errors grow with the length of a chain of additions; operands rounded to bfloat16 have
+  // larger ones.
+  constexpr int64_t kRun = std::is_same_v<typename Left::Value, T> ? 64 : 512;
 
   parallel_for(parts, bytes, [&](int64_t part, Scratch& scratch) {
     T* grad = scratch.take<T>(C * stride);
     T* mixed = scratch.take<T>(C * stride);   // [x0; z], then [x0; act(z)]
     T* turned = scratch.take<T>(c * stride);  // channels-last: grad_x of the first group
     T* transposed_mixed = scratch.take<T>(size * round_up(C, Vec<T>::width));
+    auto* grad_rows = scratch.take<typename Left::Value>(Left::rows_size(C, size));
     T* grad_point = point.data() + part * C * C;
     T* grad_bias = bias.data() + part * C;
     for (int64_t t = part * tiles / parts; t < (part + 1) * tiles / parts; ++t) {
@@ -466,12 +554,13 @@ void backward_pointwise(const MultiDilationConvBackward& a) {
           activate(a.activation, Vec<T>::load(row + j)).store(row + j);
         }
       }
-      // g [x0; act(z)]^T, in runs of pixels: rounding errors grow with the length of a chain.
+      // g [x0; act(z)]^T, in runs of pixels
       const FeatureMap by_pixel = pixel_major(transposed_mixed, C, size);
       store_panel<T>(by_pixel, 0, 0, count, mixed, stride);
+      const auto grad_left = Left::of_rows(C, count, grad, stride, grad_rows);
       for (int64_t begin = 0; begin < count; begin += kRun) {
         gemm<T>(
-            C, C, std::min(kRun, count - begin), StridedLeft<T>{grad + begin, stride, 1},
+            C, C, std::min(kRun, count - begin), grad_left.from(begin),
             Rows<T>{by_pixel.at<T>(0, 0, begin), by_pixel.pixel_stride}, add_to(grad_point, C));
       }
       for (int64_t i = 0; i < C && a.grad_bias; ++i) {
@@ -502,17 +591,7 @@ inline constexpr int kInputs = kRowBlock == 8 ? 3 : 1;
 template <class S, class T = Compute<S>>
 void backward_branches(const MultiDilationConvBackward& a) {
   const int64_t C = a.x.channels, c = a.group(), n = a.branches(), K = a.depthwise ? kTaps : kTaps * c;
-  const int64_t branch_size = a.depthwise ? c * kTaps : PackedLeft<T>::size(c, K);
-  std::vector<T> w_branches(n * branch_size);
-  for (int64_t i = 0; i < n; ++i) {
-    const S* w = static_cast<const S*>(a.w_branches[i]);
-    T* to = w_branches.data() + i * branch_size;
-    if (a.depthwise) {
-      for (int64_t k = 0; k < c * kTaps; ++k) to[k] = widen(w[k]);
-      continue;
-    }
-    pack_dense(w, c, true, to);
-  }
+  const BranchWeights<S> w_branches(a, true);
 
   // Twice the pixels: the tile holds two groups, not all channels.
   const Tiling tiling(a.height, a.width, 2 * tile_pixels(C));
@@ -522,13 +601,23 @@ void backward_branches(const MultiDilationConvBackward& a) {
   if (n == 0) return;
   const int64_t parts = parts_of(tiles, a.x.batch * a.x.pixels, C, n * weights, 8);
   const bool channels_last = a.grad_x.channels_last();
-  const bool by_gemm = !a.depthwise && c >= 2 * Vec<T>::width;
+#if defined(__AMX_BF16__)
+  constexpr bool kTiles = std::is_same_v<S, bfloat16>;
+#else
+  constexpr bool kTiles = false;
+#endif
+  const bool by_gemm = !a.depthwise && (kTiles || c >= 2 * Vec<T>::width);
   std::vector<T> partials(n * parts * weights, T(0));
   const int64_t pixels = tiling.rows() * tiling.columns();
-  const size_t bytes = 2 * Scratch::bytes<T>(at_once * stride) +
+  size_t bytes = 2 * Scratch::bytes<T>(at_once * stride) +
       Scratch::bytes<T>(panel_size<T>(a, tiling)) + Scratch::bytes<int64_t>(kTaps) +
       Scratch::bytes<int64_t>(a.depthwise ? 0 : K) +
       Scratch::bytes<T>(by_gemm ? pixels * round_up(c, Vec<T>::width) : 0);
+#if defined(__AMX_BF16__)
+  const TileCorrelation correlate_tiles(
+      c, panel_size<T>(a, tiling) / at_once, tiling.rows(), tiling.columns());
+  if (kTiles && by_gemm) bytes += correlate_tiles.bytes();
+#endif
 
   parallel_for(n * parts, bytes, [&](int64_t chunk, Scratch& scratch) {
     const int64_t i = chunk / parts, part = chunk % parts;
@@ -538,7 +627,6 @@ void backward_branches(const MultiDilationConvBackward& a) {
     int64_t* offset = scratch.take<int64_t>(kTaps);
     int64_t* all_offsets = a.depthwise ? nullptr : scratch.take<int64_t>(K);
     T* transposed_x = by_gemm ? scratch.take<T>(pixels * round_up(c, Vec<T>::width)) : nullptr;
-    const T* w = w_branches.data() + i * branch_size;
     T* grad_w = partials.data() + chunk * weights;
     for (int64_t t = part * tiles / parts; t < (part + 1) * tiles / parts; ++t) {
       const Tile tile = tiling[t];
@@ -561,18 +649,23 @@ void backward_branches(const MultiDilationConvBackward& a) {
           for (int64_t q = 0; q < channels; ++q) {
             const T* gz = panel + q * halo.channel_stride;
             convolve_depthwise(
-                tile, halo, w + (k + q) * kTaps, gz, offset,
+                tile, halo, w_branches.depthwise(i, k + q), gz, offset,
                 [&](int64_t r, int64_t j, auto y, auto count) __attribute__((always_inline)) {
                   finish(q, r, j, y, count);
                 });
             correlate<1>(tile, halo, gz, offset, x + q * stride, stride, grad_w + (k + q) * kTaps);
           }
         } else {
-          convolve_dense(c, a.height, tile, halo, w, panel, all_offsets, finish);
+          convolve_dense(c, a.height, tile, halo, w_branches.dense[i], panel, all_offsets, finish);
           if (by_gemm) {
             const FeatureMap by_pixel = pixel_major(transposed_x, c, pixels);
             store_panel<T>(by_pixel, 0, 0, tile.pixels(), x, stride);
+#if defined(__AMX_BF16__)
+            if constexpr (kTiles) correlate_tiles(tile, halo, panel, offset, by_pixel, grad_w, scratch);
+            else correlate_gemm(tile, halo, a.height, panel, offset, by_pixel, grad_w);
+#else
             correlate_gemm(tile, halo, a.height, panel, offset, by_pixel, grad_w);
+#endif
           }
           for (int64_t o = 0; o < c && !by_gemm; ++o) {
             const T* gz = panel + o * halo.channel_stride;

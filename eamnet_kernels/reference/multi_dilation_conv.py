@@ -37,8 +37,19 @@ def activation_backward(activation: str, preactivation: Tensor, grad: Tensor) ->
     return grad
 
 
+def _without_fault(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """`x` in a layout for which oneDNN's gradient of the weight is right.
+
+    That of dilated depthwise weights from a channels-last bfloat16 `x` is wrong, sometimes NaN, or
+    ends the process, on processors that multiply bfloat16 (torch 2.14.1, pictures of 64x64).
+    """
+    fault = x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.shape[1] == 1 < dilation
+    return x.contiguous() if fault else x
+
+
 def _branch(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     groups = x.shape[1] // weight.shape[1]
+    x = _without_fault(x, weight, dilation)
     return conv2d(x, weight, padding=dilation, dilation=dilation, groups=groups)
 
 
@@ -78,7 +89,7 @@ def forward(
         for group, weight, dilation in zip(groups, w_branches, dilations, strict=True)
     ]
     preactivation = torch.cat(branches, 1) if branches else x[:, :0]
-    fused = torch.cat((first, ACTIVATIONS[activation](preactivation)), 1)
+    fused = torch.cat((first, *map(ACTIVATIONS[activation], branches)), 1)
     out = conv2d(fused, w_point[:, :, None, None], bias).contiguous(memory_format=layout)
     return out, preactivation.contiguous(memory_format=layout)
 
@@ -87,10 +98,7 @@ def _conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: int, padding: int
 ) -> tuple[Tensor, Tensor]:
     groups = x.shape[1] // weight.shape[1]
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.shape[1] == 1 < dilation:
-        # oneDNN's gradient of dilated depthwise weights from a channels-last x is wrong, or ends the
-        # process, on processors that multiply bfloat16 (torch 2.14.1, pictures of 64x64).
-        x = x.contiguous()
+    x = _without_fault(x, weight, dilation)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], groups,
         [True, True, False],
@@ -114,10 +122,14 @@ def backward(
     fused = torch.cat((first, ACTIVATIONS[activation](preactivation)), 1)
     grad_fused, grad_point = _conv_backward(grad_out, fused, w_point[:, :, None, None], 1, 0)
     channels = first.shape[1]
-    grad_pre = activation_backward(activation, preactivation, grad_fused[:, channels:])
     grads_x, grads_w = [grad_fused[:, :channels]], []
     for i, (group, weight, dilation) in enumerate(zip(groups, w_branches, dilations, strict=True)):
-        grad = grad_pre[:, i * channels : (i + 1) * channels]
+        # Per branch: the convolution copies a gradient that is a slice of a larger one.
+        grad = activation_backward(
+            activation,
+            preactivation[:, i * channels : (i + 1) * channels],
+            grad_fused[:, (i + 1) * channels : (i + 2) * channels],
+        )
         grad_group, grad_weight = _conv_backward(grad, group, weight, dilation, dilation)
         grads_x.append(grad_group)
         grads_w.append(grad_weight)

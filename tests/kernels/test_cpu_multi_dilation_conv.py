@@ -172,7 +172,8 @@ def test_kernels_check_what_they_are_given() -> None:
 
 
 def test_inference_of_many_channels_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On AVX2 in channels-last alone, where it was measured faster; training stays with ours."""
+    """On AVX2 in channels-last alone, where it was measured faster; training stays with ours. In
+    matrix tiles, too, only channels-last is left out, for both."""
     x = torch.randn(1, 256, 4, 4)
     weights = [torch.randn(64, 64, 3, 3) for _ in range(3)]
 
@@ -185,3 +186,7 @@ def test_inference_of_many_channels_is_left_to_onednn(monkeypatch: pytest.Monkey
     assert [declined(t, save) for t in (x, last) for save in (True, False)] == [False] * 3 + [True]
     monkeypatch.setattr(native, "cpu_level", lambda: "avx512")
     assert declined(x, True)
+    monkeypatch.setattr(native, "cpu_level", lambda: "amx_bf16")
+    assert declined(last.bfloat16(), True)
+    assert not declined(x.bfloat16(), True)
+    assert not declined(last[:, :128].bfloat16(), True)

@@ -223,10 +223,10 @@ void check_gemm() {
     };
     std::vector<T> packed(PackedLeft<T>::size(M, K));
     std::vector<T> y = base;
-    gemm<T>(M, N, K, pack_left<T>(M, K, a.data(), K, 1, packed.data()), Rows<S>{b.data(), N}, store_to(y.data(), N));
+    gemm<T>(M, N, K, PackedLeft<T>::pack(M, K, a.data(), K, 1, packed.data()), Rows<S>{b.data(), N}, store_to(y.data(), N));
     check(y, false, "gemm");
     y = base;
-    gemm<T>(M, N, K, pack_left<T>(M, K, at.data(), 1, M, packed.data()), Rows<S>{b.data(), N}, add_to(y.data(), N));
+    gemm<T>(M, N, K, PackedLeft<T>::pack(M, K, at.data(), 1, M, packed.data()), Rows<S>{b.data(), N}, add_to(y.data(), N));
     check(y, true, "gemm transposed left, added");
     y = base;
     gemm<T>(M, N, K, StridedLeft<T, S>{a.data(), K, 1}, Rows<S>{b.data(), N}, store_to(y.data(), N));
