@@ -25,6 +25,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jsonargparse import ArgumentParser
 
+from eamnet.averaging import AVERAGE
 from eamnet.data import SegmentationData
 from eamnet.evaluation import Evaluation
 from eamnet.inference import export_weights
@@ -252,6 +253,7 @@ def _facts(run: Path, model: EAMNet) -> dict[str, Any]:
             "best_epoch": best + 1,
             "val_dice": scores[best],
         },
+        "average": _average(run) if (run / AVERAGE).is_file() else None,
         "commit": versions["commit"],
         "versions": {
             "torch": versions["packages"]["torch"],
@@ -260,6 +262,16 @@ def _facts(run: Path, model: EAMNet) -> dict[str, Any]:
             "backend": versions["backend"],
         },
     }
+
+
+def _average(run: Path) -> dict[str, Any]:
+    """What `eamnet average` left in a run, with the score that it was chosen by."""
+    path = run / "validation" / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: do `eamnet validate` first")
+    score = read_summary(path)["resolutions"]["network"]["macro"]["mean"]["dice"]["value"]
+    facts: dict[str, Any] = json.loads((run / AVERAGE).read_text())
+    return {**facts, "val_dice": score}
 
 
 def _command(config: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "kfold": Command("cross-validate", "eamnet.studies", "kfold"),
     "external": Command("train on one data set, test on another", "eamnet.external", "external"),
     "attention": Command("heat maps of CMAM, channels of EAB", "eamnet.attention", "attention"),
+    "average": Command("mean of a run's weights and its init's", "eamnet.averaging", "average"),
     "card": Command("export a tested run: float16 weights, model card", "eamnet.card", "card"),
     "export": Command("write a network as ONNX or .pt2, checked", "eamnet.export", "export"),
     "bench": Command("time the operators beside their rivals", "eamnet.benchmark", "bench"),

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from PIL import Image
 from safetensors.torch import load_file
 
 import eamnet.model
 from eamnet import card as cards
+from eamnet.averaging import average_run
 from eamnet.card import MAX_BYTES, card_facts, render_card, results_table, write_card
+from eamnet.checkpoints import last_whole_checkpoint, load_checkpoint
 from eamnet.cli import main
 from eamnet.inference import Predictor
 from eamnet.metrics import METRICS, read_summary
@@ -187,3 +190,39 @@ def test_bundled_weights_are_whole(name: str | None) -> None:
     assert facts["split_hash"] in page
     assert facts["command"] in page
     assert "Not a medical device" in page
+
+
+def test_an_average_is_a_run_and_its_card_says_so(trained: Path, tmp_path: Path) -> None:
+    """The mean of the last weights and of those that `--init` named, batch counters aside."""
+    run, mean = tmp_path / "run", tmp_path / "mean"
+    shutil.copytree(trained, run)
+    with pytest.raises(ValueError, match="did not start from other weights"):
+        average_run(str(run), str(mean))
+    start = EAMNet.from_pretrained(trained / "best.safetensors")
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.add_(0.25)
+    start.save_pretrained(tmp_path / "start.safetensors")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["init"] = str(tmp_path / "start.safetensors")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["average", "--run_dir", str(run), "--output", str(mean), "--share", "0.75"]) == 0
+
+    checkpoint = last_whole_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    after = load_checkpoint(checkpoint)["state_dict"]
+    got = load_file(mean / "best.safetensors")
+    for name, before in start.state_dict().items():
+        wanted = after[f"network.{name}"]
+        if wanted.is_floating_point():
+            wanted = 0.25 * before + 0.75 * wanted
+        torch.testing.assert_close(got[name], wanted)
+    with pytest.raises(FileExistsError, match="exists"):
+        average_run(str(run), str(mean))
+
+    for command in ("validate", "test"):
+        assert main([command, "--run_dir", str(mean)]) == 0
+    assert main(["card", "--run_dir", str(mean), "--weights", str(tmp_path / "mean-card")]) == 0
+    page = (tmp_path / "mean-card.md").read_text()
+    assert "mean of those after epoch 2, with a share of 0.75, and of those it started" in page
+    assert str(tmp_path) not in page
