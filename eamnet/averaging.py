@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from jsonargparse import ArgumentParser
 
 from eamnet.checkpoints import AtomicCheckpointIO, last_whole_checkpoint, load_checkpoint
-from eamnet.inference import export_weights
+from eamnet.inference import NETWORK_PREFIX, export_weights
 from eamnet.metrics import write_atomic
 from eamnet.model import EAMNet
 
@@ -23,7 +23,6 @@ __all__ = ["AVERAGE", "average", "average_run"]
 
 AVERAGE = "average.json"
 """In the folder of a run made here: `share`, and `epoch`, how many were trained before."""
-_PREFIX = "network."
 _COPIED = ("split.json", "data_report.json", "versions.json", "metrics.csv")
 
 
@@ -72,10 +71,10 @@ def average_run(run_dir: str, output: str, share: float = 0.5) -> Path:
     checkpoint = load_checkpoint(last)
     state = checkpoint["state_dict"]
     for name, before in EAMNet.from_pretrained(config["init"]).state_dict().items():
-        after = state[_PREFIX + name]
+        after = state[NETWORK_PREFIX + name]
         if after.is_floating_point():  # the rest counts batches
             mean = before.double().lerp(after.double(), share)
-            state[_PREFIX + name] = mean.to(after.dtype).contiguous()
+            state[NETWORK_PREFIX + name] = mean.to(after.dtype).contiguous()
     best = folder / "checkpoints" / "best.ckpt"
     AtomicCheckpointIO().save_checkpoint(checkpoint, best)
     export_weights(best, folder / "best.safetensors")

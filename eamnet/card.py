@@ -85,11 +85,14 @@ def write_card(
         ValueError: float16 cannot hold the weights, changes the score, or the file is too large.
     """
     run = Path(run_dir)
-    for name, command in (
+    needed = [
         ("checkpoints/best.ckpt", "fit"),
         ("split.json", "fit"),
         ("test/summary.json", "test"),
-    ):
+    ]
+    if (run / AVERAGE).is_file():
+        needed.append(("validation/summary.json", "validate"))
+    for name, command in needed:
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run / name} is missing: do `eamnet {command}` first")
     target = Path(weights).with_suffix("")
@@ -266,10 +269,8 @@ def _facts(run: Path, model: EAMNet) -> dict[str, Any]:
 
 def _average(run: Path) -> dict[str, Any]:
     """What `eamnet average` left in a run, with the score that it was chosen by."""
-    path = run / "validation" / "summary.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: do `eamnet validate` first")
-    score = read_summary(path)["resolutions"]["network"]["macro"]["mean"]["dice"]["value"]
+    summary = read_summary(run / "validation" / "summary.json")
+    score = summary["resolutions"]["network"]["macro"]["mean"]["dice"]["value"]
     facts: dict[str, Any] = json.loads((run / AVERAGE).read_text())
     return {**facts, "val_dice": score}
 

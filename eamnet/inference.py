@@ -43,6 +43,8 @@ DEFAULT_SIZE = 256
 """Network size where the weights do not say at which they were trained: the paper's."""
 DEFAULT_WEIGHTS = "isic2017"
 """The bundled weights that ``eamnet predict`` uses where it is given none."""
+NETWORK_PREFIX = "network."
+"""Before the names of the network's tensors in a checkpoint's `state_dict`."""
 _SIZE_KEY = "eamnet_size"
 
 
@@ -204,9 +206,12 @@ def _from_checkpoint(content: dict[str, Any], path: str | os.PathLike[str]) -> E
     if "eamnet" not in content:
         raise ValueError(f"checkpoint {path} was not written by `eamnet fit`")
     model = EAMNet(EAMNetConfig.from_dict(content["eamnet"]["network"]))
-    prefix = "network."
     model.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if prefix in k}
+        {
+            k.removeprefix(NETWORK_PREFIX): v
+            for k, v in content["state_dict"].items()
+            if NETWORK_PREFIX in k
+        }
     )
     return model.eval()
 

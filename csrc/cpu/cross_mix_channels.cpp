@@ -93,11 +93,6 @@ EAMNET_INLINE Vec<T> keep(Vec<T> x) {
   return x;
 }
 
-// Whether the pixels are multiplied in matrix tiles (gemm_amx.h). The sums over pixels are not: what is
-// made of them would keep the rounding of their operands.
-template <class S>
-constexpr bool kInTiles = !std::is_same_v<LeftOf<S>, PackedLeft<Compute<S>>>;
-
 // Panels' rows lie this far apart: not a power of two, whose rows would evict one another.
 template <class T>
 constexpr int64_t panel_stride(int64_t pixels) {
@@ -380,17 +375,18 @@ EAMNET_INLINE void mix_block(
   }
 }
 
-// Matrices of C x C below each other as the left operand of gemm, (matrices C) x C, with the strides of
-// pack_rows. For matrix tiles, which take them one by one; rounded to bfloat16, as those take them.
+// Matrices of C x C below each other as the left operand of gemm, (matrices C) x C: what matrix tiles
+// (gemm_amx.h) take in place of pack_rows. The sums over pixels are not made in tiles: what follows from
+// them would keep the rounding of their operands.
 template <class Left, int matrices, class T>
 Left stack(
-    int64_t C, const T* const (&m)[matrices], const int64_t (&row_stride)[matrices],
-    const int64_t (&column_stride)[matrices], std::vector<typename Left::Value>& storage) {
+    int64_t C, const T* const (&m)[matrices], int64_t row_stride, int64_t column_stride,
+    std::vector<typename Left::Value>& storage) {
   std::vector<T> rows;
   rows.reserve(static_cast<size_t>(matrices * C * C));
   for (int q = 0; q < matrices; ++q) {
     for (int64_t i = 0; i < C; ++i) {
-      for (int64_t k = 0; k < C; ++k) rows.push_back(m[q][i * row_stride[q] + k * column_stride[q]]);
+      for (int64_t k = 0; k < C; ++k) rows.push_back(m[q][i * row_stride + k * column_stride]);
     }
   }
   storage.resize(static_cast<size_t>(Left::size(matrices * C, C)));
@@ -412,7 +408,7 @@ void apply(const ApplyMix& a) {
     const T* a1 = static_cast<const T*>(a.matrices) + b * C * C;
     const T* a2 = a1 + x.batch * C * C;
     if constexpr (kInTiles<S>) {
-      stacked[b] = stack<Left, 2>(C, {a1, a2}, {C, C}, {1, 1}, storage[b]);
+      stacked[b] = stack<Left, 2>(C, {a1, a2}, C, 1, storage[b]);
     } else {
       for (int64_t r = 0; r < row_blocks; ++r) {
         pack_rows<T, rows, 2>(C, r, {a1, a2}, {C, C}, {1, 1}, packed_of(b));
@@ -533,9 +529,8 @@ void apply_backward(const ApplyMixBackward& a) {
     const T* d0 = static_cast<const T*>(a.doubled) + b * C * C;
     // Transposes of A; the D are symmetric.
     if constexpr (kInTiles<S>) {
-      by_grad[b] = stack<Left, 2>(C, {a1, a1 + next}, {1, 1}, {C, C}, by_grad_storage[b]);
-      by_x[b] = stack<Left, 3>(
-          C, {d0, d0 + next, d0 + 2 * next}, {1, 1, 1}, {C, C, C}, by_x_storage[b]);
+      by_grad[b] = stack<Left, 2>(C, {a1, a1 + next}, 1, C, by_grad_storage[b]);
+      by_x[b] = stack<Left, 3>(C, {d0, d0 + next, d0 + 2 * next}, 1, C, by_x_storage[b]);
     } else {
       for (int64_t r = 0; r < row_blocks; ++r) {
         pack_rows<T, rows, 5>(

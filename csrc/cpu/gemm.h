@@ -143,6 +143,8 @@ using LeftOf = std::conditional_t<std::is_same_v<S, bfloat16>, TileLeft, PackedL
 template <class S>
 using LeftOf = PackedLeft<Compute<S>>;
 #endif
+template <class S>
+inline constexpr bool kInTiles = !std::is_same_v<LeftOf<S>, PackedLeft<Compute<S>>>;
 
 // --------------------------------------------------------------------------------------------- sinks
 

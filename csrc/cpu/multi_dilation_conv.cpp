@@ -271,7 +271,7 @@ struct TileCorrelation {
   int64_t out_rows() const { return round_up(c, kTileRows); }
   // A tile that ends beyond its row of pixels, or beyond the last channel's, is read all the same.
   int64_t panel_values() const { return out_rows() * channel_stride + 2 * kTileDepth; }
-  int64_t tile_values() const { return ceil_div(c, 32) * steps * rows * 2 * kTile; }
+  int64_t tile_values() const { return steps * rows * 2 * kTile; }  // of 32 channels of x at a time
   size_t bytes() const {
     return Scratch::bytes<bfloat16>(panel_values()) + Scratch::bytes<bfloat16>(tile_values()) +
         Scratch::bytes<float>(out_rows() * 32);
@@ -517,7 +517,7 @@ void backward_pointwise(const MultiDilationConvBackward& a) {
       Scratch::bytes<typename Left::Value>(Left::rows_size(C, size));
   // Rounding errors grow with the length of a chain of additions; operands rounded to bfloat16 have
   // larger ones.
-  constexpr int64_t kRun = std::is_same_v<typename Left::Value, T> ? 64 : 512;
+  constexpr int64_t kRun = kInTiles<S> ? 512 : 64;
 
   parallel_for(parts, bytes, [&](int64_t part, Scratch& scratch) {
     T* grad = scratch.take<T>(C * stride);
@@ -601,12 +601,7 @@ void backward_branches(const MultiDilationConvBackward& a) {
   if (n == 0) return;
   const int64_t parts = parts_of(tiles, a.x.batch * a.x.pixels, C, n * weights, 8);
   const bool channels_last = a.grad_x.channels_last();
-#if defined(__AMX_BF16__)
-  constexpr bool kTiles = std::is_same_v<S, bfloat16>;
-#else
-  constexpr bool kTiles = false;
-#endif
-  const bool by_gemm = !a.depthwise && (kTiles || c >= 2 * Vec<T>::width);
+  const bool by_gemm = !a.depthwise && (kInTiles<S> || c >= 2 * Vec<T>::width);
   std::vector<T> partials(n * parts * weights, T(0));
   const int64_t pixels = tiling.rows() * tiling.columns();
   size_t bytes = 2 * Scratch::bytes<T>(at_once * stride) +
@@ -616,7 +611,7 @@ void backward_branches(const MultiDilationConvBackward& a) {
 #if defined(__AMX_BF16__)
   const TileCorrelation correlate_tiles(
       c, panel_size<T>(a, tiling) / at_once, tiling.rows(), tiling.columns());
-  if (kTiles && by_gemm) bytes += correlate_tiles.bytes();
+  if (kInTiles<S> && by_gemm) bytes += correlate_tiles.bytes();
 #endif
 
   parallel_for(n * parts, bytes, [&](int64_t chunk, Scratch& scratch) {
@@ -661,7 +656,7 @@ void backward_branches(const MultiDilationConvBackward& a) {
             const FeatureMap by_pixel = pixel_major(transposed_x, c, pixels);
             store_panel<T>(by_pixel, 0, 0, tile.pixels(), x, stride);
 #if defined(__AMX_BF16__)
-            if constexpr (kTiles) correlate_tiles(tile, halo, panel, offset, by_pixel, grad_w, scratch);
+            if constexpr (kInTiles<S>) correlate_tiles(tile, halo, panel, offset, by_pixel, grad_w, scratch);
             else correlate_gemm(tile, halo, a.height, panel, offset, by_pixel, grad_w);
 #else
             correlate_gemm(tile, halo, a.height, panel, offset, by_pixel, grad_w);
