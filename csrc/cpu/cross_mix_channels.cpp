@@ -19,9 +19,10 @@
 // A_2, C x C matrices from C x C matrices. Nothing of the size of X is written but Y and dX: a tile of
 // pixels is copied into a panel that stays in the second-level cache while all that needs it is done.
 //
-// A sum over pixels is made per lane within a tile of kTile pixels, then tile by tile within a slab,
+// A sum over pixels is made per lane within a tile of kTilePixels pixels, then tile by tile within a slab,
 // then over slabs in float64: its rounding error does not grow with N beyond the last bits.
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -114,11 +115,11 @@ inline constexpr int kRight = 2;
 inline constexpr int kBlock = kLeft * kRight;
 
 // Pixels of a tile: kLeft rows and kRight rows of z share the first-level cache.
-inline constexpr int64_t kTile = 512;
+inline constexpr int64_t kTilePixels = 512;
 
 // Rows of all panels here lie this far apart, which the compiler puts into the addresses.
 template <class T>
-constexpr int64_t kStride = panel_stride<T>(kTile);
+constexpr int64_t kStride = panel_stride<T>(kTilePixels);
 
 // sums[q .. kBlock-1] += the sum over the lanes of each accumulator.
 template <int q, class T>
@@ -165,25 +166,34 @@ EAMNET_INLINE void product_block(
   add_lane_sums<0>(accumulators, sums);
 }
 
-// The blocks of a C x C product, in the order in which they are computed and kept.
-template <int powers>
+// The blocks of rows x columns of a C x C product, in the order in which they are computed and kept.
+template <bool is_symmetric, int64_t rows, int64_t columns>
 struct Blocks {
-  static constexpr int rows = kLeft / powers;
-  static constexpr bool symmetric = powers == 3;
+  static constexpr bool symmetric = is_symmetric;
   int64_t channels;
 
   int64_t row_blocks() const { return ceil_div(channels, rows); }
   // First column of a row block; a symmetric product is made from the diagonal on.
   int64_t first_column(int64_t row_block) const {
-    return symmetric ? row_block * rows / kRight * kRight : 0;
+    return symmetric ? row_block * rows / columns * columns : 0;
   }
   // How many blocks come before each row block, and at the end, how many there are.
   std::vector<int64_t> offsets() const {
     std::vector<int64_t> before{0};
     for (int64_t r = 0; r < row_blocks(); ++r) {
-      before.push_back(before.back() + ceil_div(channels - first_column(r), kRight));
+      before.push_back(before.back() + ceil_div(channels - first_column(r), columns));
     }
     return before;
+  }
+  // The row blocks of one of several ranges: those of which the first block lies in its share.
+  std::pair<int64_t, int64_t> range(
+      const std::vector<int64_t>& offsets, int64_t index, int64_t ranges) const {
+    const auto first = [&](int64_t share) {
+      int64_t r = 0;
+      while (r < row_blocks() && offsets[r] * ranges < share * offsets.back()) ++r;
+      return r;
+    };
+    return {first(index), first(index + 1)};
   }
 };
 
@@ -193,26 +203,42 @@ struct Cut {
   int64_t slab, slabs, ranges;
 };
 
-// A slab's partial sums are at most a small part of its pixels' values. Few chunks are cut by rows
-// too; each range loads the tiles again, which is little beside its products.
-template <int powers>
-Cut cut(const FeatureMap& x) {
-  const int64_t slab = round_up(std::max<int64_t>(2048, 8 * powers * x.channels), kTile);
+// A slab's partial sums are at most a small part of its pixels' values. Fewer than `chunks` chunks are
+// cut by rows too, at least `least_rows` each; each range loads the tiles again, which is little beside
+// its products.
+Cut cut(const FeatureMap& x, int powers, int64_t chunks, int64_t least_rows) {
+  const int64_t slab = round_up(std::max<int64_t>(2048, 8 * powers * x.channels), kTilePixels);
   const int64_t slabs = std::max<int64_t>(1, ceil_div(x.pixels, slab));
-  const int64_t chunks = std::max<int64_t>(1, x.batch * slabs);
-  const int64_t ranges = std::clamp<int64_t>(ceil_div(16, chunks), 1, ceil_div(x.channels, 32));
+  const int64_t there = std::max<int64_t>(1, x.batch * slabs);
+  const int64_t ranges =
+      std::clamp<int64_t>(ceil_div(chunks, there), 1, ceil_div(x.channels, least_rows));
   return {slab, slabs, ranges};
 }
 
+}  // namespace
+}  // namespace EAMNET_LEVEL
+}  // namespace eamnet
+
+#if defined(__AMX_BF16__)
+#include "cpu/cross_mix_channels_amx.h"
+#endif
+
+namespace eamnet {
+namespace EAMNET_LEVEL {
+namespace {
+
 template <int powers, class S, class T = Compute<S>>
 void products(const GatedProducts& a) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<S, bfloat16>) return products_in_tiles<powers>(a);
+#endif
   using V = Vec<T>;
   const FeatureMap& x = a.x;
   const FeatureMap& z = powers == 3 ? a.x : a.z;
   const int64_t C = x.channels, N = x.pixels;
-  const Blocks<powers> blocks{C};
-  constexpr int rows = Blocks<powers>::rows;
-  const Cut cuts = cut<powers>(x);
+  constexpr int rows = kLeft / powers;
+  const Blocks<powers == 3, rows, kRight> blocks{C};
+  const Cut cuts = cut(x, powers, 16, 32);
   const int64_t slab = cuts.slab, slabs = cuts.slabs, ranges = cuts.ranges;
   const std::vector<int64_t> offsets = blocks.offsets();
   const int64_t row_blocks = blocks.row_blocks(), total = offsets.back();
@@ -222,20 +248,17 @@ void products(const GatedProducts& a) {
   static_assert(kRight <= rows);
   const int64_t panel = (C + rows) * kStride<T>;
   const size_t bytes =
-      2 * Scratch::bytes<T>(panel) + Scratch::bytes<T>(kLeft * kStride<T>) + Scratch::bytes<T>(kTile);
+      2 * Scratch::bytes<T>(panel) + Scratch::bytes<T>(kLeft * kStride<T>) + Scratch::bytes<T>(kTilePixels);
   parallel_for(x.batch * slabs * ranges, bytes, [&](int64_t chunk, Scratch& scratch) {
     const int64_t range = chunk % ranges, s = chunk / ranges % slabs, b = chunk / ranges / slabs;
-    // The row blocks whose first block lies in this range's share of all blocks.
-    int64_t begin = 0, end = 0;
-    while (begin < row_blocks && offsets[begin] * ranges < range * total) ++begin;
-    for (end = begin; end < row_blocks && offsets[end] * ranges < (range + 1) * total;) ++end;
+    const auto [begin, end] = blocks.range(offsets, range, ranges);
     if (begin == end) return;
     const int64_t first_row = begin * rows, last_row = std::min(end * rows, C);
     const int64_t first_column = blocks.first_column(begin);
     const FeatureMap right = channel_range<S>(z, first_column, C - first_column);
     const FeatureMap left = channel_range<S>(x, first_row, last_row - first_row);
 
-    T* gate = scratch.take<T>(kTile);
+    T* gate = scratch.take<T>(kTilePixels);
     T* scaled = scratch.take<T>(kLeft * kStride<T>);
     T* right_panel = scratch.take<T>(panel);
     T* left_panel = right_panel + (first_row - first_column) * kStride<T>;
@@ -246,8 +269,8 @@ void products(const GatedProducts& a) {
     }
     T* partial = partials.data() + (b * slabs + s) * total * kBlock;
     const int64_t slab_end = std::min((s + 1) * slab, N);
-    for (int64_t first = s * slab; first < slab_end; first += kTile) {
-      const int64_t count = std::min(kTile, slab_end - first);
+    for (int64_t first = s * slab; first < slab_end; first += kTilePixels) {
+      const int64_t count = std::min(kTilePixels, slab_end - first);
       const int64_t vectors = ceil_div(count, V::width);
       load_gate(static_cast<const S*>(a.gate) + b * N + first, count, gate);
       load_panel<S>(right, b, first, count, right_panel, kStride<T>);
@@ -376,8 +399,7 @@ EAMNET_INLINE void mix_block(
 }
 
 // Matrices of C x C below each other as the left operand of gemm, (matrices C) x C: what matrix tiles
-// (gemm_amx.h) take in place of pack_rows. The sums over pixels are not made in tiles: what follows from
-// them would keep the rounding of their operands.
+// (gemm_amx.h) take in place of pack_rows.
 template <class Left, int matrices, class T>
 Left stack(
     int64_t C, const T* const (&m)[matrices], int64_t row_stride, int64_t column_stride,
