@@ -89,7 +89,7 @@ struct Cut {
     stride = round_up(tile, 64 / sizeof(T)) + 64 / sizeof(T);
     const int64_t sample = tiles * kept * stride * static_cast<int64_t>(sizeof(T));
     group = std::clamp<int64_t>(kGroupBytes / sample, 1, std::max<int64_t>(x.batch, 1));
-    slab_tiles = std::max<int64_t>(1, tiles * group / 32);
+    slab_tiles = std::max<int64_t>(1, ceil_div(tiles * group, 16));
     slabs = ceil_div(tiles, slab_tiles);
   }
   int64_t first(int64_t t) const { return t * tile; }
@@ -348,13 +348,20 @@ void forward(const MemoryForward& m) {
 
 // --------------------------------------------------------------------------------------------- backward
 
-// out[i] += Σ over slabs of partials[slab, i], in order.
+// out[i] = start[i] + Σ over slabs of partials[slab, i], i < size of rows `stride` apart, in order and in
+// double precision.
 template <class T, class A>
-void add_slabs(const T* partials, int64_t slabs, int64_t size, A* out) {
-  for (int64_t i = 0; i < size; ++i) {
-    double sum = out[i];
-    for (int64_t slab = 0; slab < slabs; ++slab) sum += partials[slab * size + i];
-    out[i] = static_cast<A>(sum);
+void add_slabs(const T* partials, int64_t stride, int64_t slabs, int64_t size, const A* start, A* out) {
+  constexpr int64_t piece = 256;
+  for (int64_t first = 0; first < size; first += piece) {
+    const int64_t count = std::min(piece, size - first);
+    double sum[piece];
+    for (int64_t i = 0; i < count; ++i) sum[i] = start == nullptr ? 0.0 : double(start[first + i]);
+    for (int64_t slab = 0; slab < slabs; ++slab) {
+      const T* from = partials + slab * stride + first;
+      for (int64_t i = 0; i < count; ++i) sum[i] += from[i];
+    }
+    for (int64_t i = 0; i < count; ++i) out[first + i] = static_cast<A>(sum[i]);
   }
 }
 
@@ -384,13 +391,11 @@ void backward(const MemoryBackward& m) {
 
   for (int64_t b0 = 0; b0 < m.x.batch; b0 += cut.group) {
     const int64_t samples = std::min(cut.group, m.x.batch - b0);
-    std::vector<Left> readout;  // Rᵀ
-    for (int64_t b = 0; b < samples; ++b) {
+    std::vector<Left> readout(static_cast<size_t>(samples));  // Rᵀ
+    parallel_for(samples, 0, [&](int64_t b, Scratch&) {
       const T* from = static_cast<const T*>(m.readout) + (b0 + b) * size;
-      readout.push_back(packed<Left>(slots, C, from, 1, slots, readout_storage[b]));
-    }
-    std::fill(products.begin(), products.end(), T(0));
-    std::fill(row_parts.begin(), row_parts.end(), T(0));
+      readout[b] = packed<Left>(slots, C, from, 1, slots, readout_storage[b]);
+    });
 
     const int64_t rows_size = Left::rows_size(C, round_up(cut.tile, V::width));
     const size_t panels = Scratch::bytes<T>(C * stride) + Scratch::bytes<T>(cut.tile * turned_stride) +
@@ -404,6 +409,8 @@ void backward(const MemoryBackward& m) {
       T* dot = scratch.take<T>(stride);
       T* sums = products.data() + chunk * size;
       T* row_part = row_parts.data() + chunk * slots;
+      std::fill_n(sums, size, T(0));
+      std::fill_n(row_part, slots, T(0));
       const T* reference = lse + (b0 + b) * slots;
       const int64_t end = std::min((slab + 1) * cut.slab_tiles, tiles);
       for (int64_t t = slab * cut.slab_tiles; t < end; ++t) {
@@ -456,13 +463,11 @@ void backward(const MemoryBackward& m) {
       }
     });
     parallel_for(samples, 0, [&](int64_t b, Scratch&) {
+      T* const none = nullptr;
       T* out = static_cast<T*>(m.grad_readout) + (b0 + b) * size;
-      std::fill(out, out + size, T(0));
-      std::fill(row.data() + b * slots, row.data() + (b + 1) * slots, T(0));
-      add_slabs(products.data() + b * slabs * size, slabs, size, out);
-      add_slabs(row_parts.data() + b * slabs * slots, slabs, slots, row.data() + b * slots);
+      add_slabs(products.data() + b * slabs * size, size, slabs, size, none, out);
+      add_slabs(row_parts.data() + b * slabs * slots, slots, slabs, slots, none, row.data() + b * slots);
     });
-    std::fill(products.begin(), products.end(), T(0));
 
     parallel_for(samples * slabs, panels, [&](int64_t chunk, Scratch& scratch) {
       const int64_t b = chunk / slabs, slab = chunk % slabs;
@@ -470,6 +475,7 @@ void backward(const MemoryBackward& m) {
       T* turned = scratch.take<T>(cut.tile * turned_stride);
       auto* rows = scratch.take<typename Left::Value>(rows_size);
       T* sums = products.data() + chunk * size;
+      std::fill_n(sums, size, T(0));
       const int64_t end = std::min((slab + 1) * cut.slab_tiles, tiles);
       for (int64_t t = slab * cut.slab_tiles; t < end; ++t) {
         const int64_t first = cut.first(t), count = cut.count(t), padded = cut.padded(t);
@@ -492,7 +498,10 @@ void backward(const MemoryBackward& m) {
         store_panel<S>(m.grad_x, b0 + b, first, count, panel, stride);
       }
     });
-    add_slabs(products.data(), samples * slabs, size, grad_key.data());
+    parallel_for(C, 0, [&](int64_t c, Scratch&) {
+      double* out = grad_key.data() + c * slots;
+      add_slabs(products.data() + c * slots, size, samples * slabs, slots, out, out);
+    });
   }
   T* out = static_cast<T*>(m.grad_key);
   for (int64_t s = 0; s < slots; ++s) {

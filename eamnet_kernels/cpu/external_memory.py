@@ -43,7 +43,7 @@ def backward(
         grad, pixels, key, readout, lse.contiguous(), is_channels_last(x)
     )
     grad_w_out = ((grad_readout @ value) * kept.unsqueeze(1)).sum(0)
-    grad_value = (grad_readout.transpose(1, 2) @ w_kept).sum(0)
+    grad_value = grad_readout.flatten(0, 1).t() @ w_kept.flatten(0, 1)
     return (
         grad_x,
         grad_key.to(memory_key.dtype),
