@@ -6,6 +6,8 @@ so that ``eamnet --help`` and ``eamnet doctor`` do not wait for the training sta
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -71,9 +73,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after ``eamnet``; ``sys.argv[1:]`` by default.
 
     Returns:
-        The process exit code: 0 on success, 2 for a wrong command line or wrong input, otherwise
-        what the command returns.
+        The process exit code: 0 on success, 2 for a wrong command line or wrong input, 141 where
+        what read the output stopped reading, otherwise what the command returns.
     """
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise  # another pipe's
+        # As in `eamnet doctor | head`. What is left in the buffer has nowhere to go; Python would
+        # try once more when it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # what a shell reports for SIGPIPE
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe of which the other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -99,8 +122,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         # What a user can mend is told in a sentence; the trace is for those who ask for it.
-        import os
-
         if os.environ.get("EAMNET_TRACEBACK"):
             raise
         print(f"eamnet {words[0]}: {error}", file=sys.stderr)

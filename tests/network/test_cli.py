@@ -52,6 +52,21 @@ def test_help_names_every_command_and_imports_no_torch() -> None:
         assert command.summary in shown
 
 
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eamnet", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
 def test_every_command_is_there() -> None:
     for command in cli.COMMANDS.values():
         assert callable(command.load())
