@@ -19,7 +19,15 @@ from pathlib import Path
 from bench import results, summary, sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/benchmarks.md", "docs/results.md", "docs/training.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/data.md",
+    "docs/experiments.md",
+    "docs/metrics.md",
+    "docs/results.md",
+    "docs/training.md",
+)
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 _MARKDOWN: dict[str, Callable[[list[results.Record]], str]] = {
@@ -29,6 +37,9 @@ _MARKDOWN: dict[str, Callable[[list[results.Record]], str]] = {
     "freed_memory": summary.freed_memory_markdown,
     "precision": summary.precision_markdown,
     "magnified": summary.magnified_markdown,
+    "picture_intervals": summary.picture_intervals_markdown,
+    "study_intervals": summary.study_intervals_markdown,
+    "loading": summary.loading_markdown,
 }
 """The table of a result file by its name."""
 

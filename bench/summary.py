@@ -196,3 +196,40 @@ def _dice_cells(r: Record, digits: int) -> str:
         return f"{dice} | –"
     change, low, high = (f"{r[key]:+.{digits}f}" for key in ("change", "change_low", "change_high"))
     return f"{dice} | {change} [{low}, {high}]"
+
+
+def picture_intervals_markdown(rows: list[Record]) -> str:
+    """How often the interval of an average over pictures holds the population's."""
+    lines = ["| pictures | mean over pictures | pooled |", "| ---: | ---: | ---: |"]
+    lines += [f"| {r['pictures']} | {r['mean']:.0%} | {r['pooled']:.0%} |" for r in rows]
+    return "\n".join(lines)
+
+
+def study_intervals_markdown(rows: list[Record]) -> str:
+    """How often the interval of the difference of two equal networks holds zero."""
+    seeds = list(dict.fromkeys(r["seeds"] for r in rows))
+    held: dict[float, list[str]] = {}
+    for r in rows:
+        held.setdefault(r["spread"], []).append(f"{r['held']:.0%} ({r['pictures_alone']:.0%})")
+    lines = [
+        f"| spread of a training's mean | {' | '.join(f'{s} seeds' for s in seeds)} |",
+        "| ---: |" + " ---: |" * len(seeds),
+    ]
+    lines += [f"| {spread} | {' | '.join(cells)} |" for spread, cells in held.items()]
+    return "\n".join(lines)
+
+
+def loading_markdown(rows: list[Record]) -> str:
+    """Processor time of a picture's way into a batch, at several sizes."""
+    sizes = list(dict.fromkeys(r["size"] for r in rows))
+    cells: dict[str, list[str]] = {}
+    for r in rows:
+        cells.setdefault(r["what"], []).append(
+            f"{r['median_ms']:.2g} [{r['p20_ms']:.2g}, {r['p80_ms']:.2g}]"
+        )
+    lines = [
+        f"| ms of a picture [20th, 80th percentile] | {' | '.join(f'{s}×{s}' for s in sizes)} |",
+        "| --- |" + " --- |" * len(sizes),
+    ]
+    lines += [f"| {what} | {' | '.join(row)} |" for what, row in cells.items()]
+    return "\n".join(lines)

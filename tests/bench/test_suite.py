@@ -18,7 +18,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import compare, freed_memory, magnified, precision, readme, results, summary
+from bench import (
+    compare,
+    coverage,
+    freed_memory,
+    loading,
+    magnified,
+    precision,
+    readme,
+    results,
+    summary,
+)
 from bench.__main__ import main
 from bench.floor import Ceilings, count
 from bench.operators import describe, measure
@@ -28,6 +38,7 @@ from bench.sweeps import exponent, fits
 from bench.test_bench import cases
 from bench.timing import Times, interleaved, paired_ratio, peak_extra_bytes
 from eamnet.data import SegmentationData, Split
+from eamnet.metrics import read_csv
 from eamnet.model import EAMNet, EAMNetConfig
 from eamnet_kernels.ops.schemas import SCHEMAS
 
@@ -274,6 +285,32 @@ def test_freed_memory_is_measured_in_processes_of_both_kinds(
     assert [r["times_first"] == 1 for r in rows] == [True, False, False, False]
     lines = readme.table(tmp_path / "freed_memory.json").splitlines()
     assert lines[-1].startswith("| EAM-Net, plain | 32², 2 | returned |")
+
+
+def test_intervals_over_many_pictures_hold_the_truth_more_often(tmp_path: Path) -> None:
+    population = [r for r in read_csv(coverage.SCORES) if r.resolution == "native"]
+    few, many = coverage.of_pictures(population, 40, (5, 80))
+    assert few["mean"] < many["mean"] >= 0.8
+    assert (few["pictures"], many["pictures"]) == (5, 80)
+    (row,) = coverage.of_studies(40, (0.02,), (3,))
+    assert row["pictures_alone"] < 0.8 < row["held"]
+    content = {"environment": results.environment(CPU), "rows": [row]}
+    results.write(tmp_path, "study_intervals", content)
+    line = readme.table(tmp_path / "study_intervals.json").splitlines()[-1]
+    assert line == f"| 0.02 | {row['held']:.0%} ({row['pictures_alone']:.0%}) |"
+
+
+def test_what_a_picture_costs_is_measured(tmp_path: Path) -> None:
+    words = ["--size", "32", "--pictures", "2", "--rounds", "2", "--output", str(tmp_path)]
+    threads = torch.get_num_threads()
+    try:
+        assert loading.main(words) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = {r["what"]: r for r in results.read(tmp_path / "loading.json")["rows"]}
+    assert all(0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"] for r in rows.values())
+    table = readme.table(tmp_path / "loading.json")
+    assert all(f"| {what} | " in table for what in rows)
 
 
 @pytest.fixture
