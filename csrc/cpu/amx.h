@@ -4,7 +4,7 @@
 //   A: 16 rows × 32 values, as rows lie in memory;
 //   B: 32 rows × 16 columns as 16 rows of pairs: row p holds B[2p, j], B[2p+1, j] for j = 0..15;
 //   C: 16 × 16 float32.
-// Here A is a row-major matrix of any row length, B is a sequence of whole tiles made by one of the
+// Here A is a row-major matrix of any row length, B mostly a sequence of whole tiles made by one of the
 // packers below, and all sizes are in tiles: operands are padded with zeros.
 #pragma once
 
@@ -47,10 +47,10 @@ class TileSession {
 namespace detail {
 
 // rows × columns (1 or 2 each) tiles of C in registers 0 to 3, A in 4 and 5, B in 6 and 7.
-template <int rows, int columns, bool accumulate>
+template <int rows, int columns, bool accumulate, class Right>
 EAMNET_INLINE void tile_block(
-    int64_t steps, const bfloat16* a, int64_t a_stride, int64_t a_step, const bfloat16* b, int64_t b_step,
-    int64_t b_column, float* c, int64_t c_stride) {
+    int64_t steps, const bfloat16* a, int64_t a_stride, int64_t a_step, const Right& b, int64_t column,
+    float* c, int64_t c_stride) {
   const int64_t a_bytes = a_stride * 2, c_bytes = c_stride * 4;
   float* below = c + kTileRows * c_stride;
   if constexpr (accumulate) {
@@ -66,12 +66,11 @@ EAMNET_INLINE void tile_block(
   }
   for (int64_t s = 0; s < steps; ++s) {
     const bfloat16* left = a + s * a_step;
-    const bfloat16* right = b + s * b_step;
     _tile_loadd(4, left, a_bytes);
-    _tile_loadd(6, right, 64);
+    _tile_loadd(6, b.at(s, column), b.row_bytes);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (columns == 2) {
-      _tile_loadd(7, right + b_column, 64);
+      _tile_loadd(7, b.at(s, column + 1), b.row_bytes);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (rows == 2) {
@@ -88,20 +87,28 @@ EAMNET_INLINE void tile_block(
 
 }  // namespace detail
 
-// C (+)= A B of `rows` × `columns` tiles over `steps` tiles of depth. Tile (step, column) of B starts
-// at b + step*b_step + column*b_column, the first row of A's at a + step*a_step.
-template <bool accumulate>
+// B as whole tiles: tile (step, column) starts at data + step*step_stride + column*column_stride.
+struct PackedTiles {
+  const bfloat16* data;
+  int64_t step_stride, column_stride;
+  static constexpr int64_t row_bytes = 64;
+  EAMNET_INLINE const void* at(int64_t step, int64_t column) const {
+    return data + step * step_stride + column * column_stride;
+  }
+};
+
+// C (+)= A B of `rows` × `columns` tiles over `steps` tiles of depth. The first row of A's tile of a step
+// is at a + step*a_step; B says where its tiles are (`at`) and how far apart their rows (`row_bytes`).
+template <bool accumulate, class Right>
 inline void tile_product(
-    int64_t rows, int64_t columns, int64_t steps, const bfloat16* a, int64_t a_stride, const bfloat16* b,
-    int64_t b_step, int64_t b_column, float* c, int64_t c_stride, int64_t a_step = kTileDepth) {
+    int64_t rows, int64_t columns, int64_t steps, const bfloat16* a, int64_t a_stride, const Right& b,
+    float* c, int64_t c_stride, int64_t a_step = kTileDepth) {
   for (int64_t i = 0; i < rows; i += 2) {
     const bfloat16* left = a + i * kTileRows * a_stride;
     for (int64_t j = 0; j < columns; j += 2) {
-      const bfloat16* right = b + j * b_column;
       float* to = c + i * kTileRows * c_stride + j * 16;
       const auto block = [&]<int r, int w>() __attribute__((always_inline)) {
-        detail::tile_block<r, w, accumulate>(
-            steps, left, a_stride, a_step, right, b_step, b_column, to, c_stride);
+        detail::tile_block<r, w, accumulate>(steps, left, a_stride, a_step, b, j, to, c_stride);
       };
       if (i + 1 < rows) {
         j + 1 < columns ? block.template operator()<2, 2>() : block.template operator()<2, 1>();

@@ -123,11 +123,11 @@ void products_in_tiles(const GatedProducts& a) {
             const auto multiply = [&](auto product, const bfloat16* plane) {
               product(
                   ceil_div(rows, kTileRows), columns, steps, plane, kPlaneStride,
-                  right_tiles + (j - first_column) * steps * kTileDepth, kTile, steps * kTile, result,
-                  kSide, kTileDepth);
+                  PackedTiles{right_tiles + (j - first_column) * steps * kTileDepth, kTile, steps * kTile},
+                  result, kSide, kTileDepth);
             };
-            multiply(tile_product<false>, split);
-            if (p > 0) multiply(tile_product<true>, split + kPlane);
+            multiply(tile_product<false, PackedTiles>, split);
+            if (p > 0) multiply(tile_product<true, PackedTiles>, split + kPlane);
             for (int64_t i = 0; i < rows; ++i) {
               for (int64_t n = i * kSide; n < i * kSide + columns * 16; n += V::width) {
                 (V::load(sums + n) + V::load(result + n)).store(sums + n);

@@ -205,8 +205,8 @@ struct TileForward {
     const auto score = [&](int64_t block) {
       const int64_t from = block * kTileKeys, keys = keys_of(block);
       tile_product<false>(
-          kGroup / 16, keys / 16, steps, q, depth, k + from * depth, kTile, steps * kTile, s[block % 3],
-          kScoreStride);
+          kGroup / 16, keys / 16, steps, q, depth, PackedTiles{k + from * depth, kTile, steps * kTile},
+          s[block % 3], kScoreStride);
       for (int64_t r = 0; r < kGroup && from + keys > N; ++r) {
         float* row = s[block % 3] + r * kScoreStride;
         std::fill(row + N - from, row + keys, -std::numeric_limits<float>::infinity());
@@ -215,7 +215,7 @@ struct TileForward {
     const auto add_values = [&](int64_t block) {
       tile_product<true>(
           kGroup / 16, columns, keys_of(block) / kTileDepth, reinterpret_cast<const bfloat16*>(s[block % 3]),
-          2 * kScoreStride, v + block * kTileKeys * wide, columns * kTile, kTile, state.o, wide);
+          2 * kScoreStride, PackedTiles{v + block * kTileKeys * wide, columns * kTile, kTile}, state.o, wide);
     };
     const int64_t blocks = ceil_div(N, kTileKeys);
     score(0);
@@ -468,23 +468,24 @@ struct TileBackward {
       for (int64_t first = 0; first < N; first += kBlockQueries) {
         for (int64_t i = 0; i < keys; i += kSlice) {
           tile_product<false>(
-              2, kBlockQueries / 16, steps, k + i * depth, depth, queries.q + first * depth, kTile,
-              steps * kTile, s, kSliceStride);
+              2, kBlockQueries / 16, steps, k + i * depth, depth,
+              PackedTiles{queries.q + first * depth, kTile, steps * kTile}, s, kSliceStride);
           tile_product<false>(
-              2, kBlockQueries / 16, steps, v + i * depth, depth, queries.g + first * depth, kTile,
-              steps * kTile, p, kSliceStride);
+              2, kBlockQueries / 16, steps, v + i * depth, depth,
+              PackedTiles{queries.g + first * depth, kTile, steps * kTile}, p, kSliceStride);
           differentiate(
               s, p, i, std::min(kSlice, count - i), queries.offset + first, queries.delta + first, panels);
         }
         tile_product<true>(
             keys / 16, columns, kBlockQueries / kTileDepth, panels.weights, kBlockQueries,
-            queries.g_pairs + first * wide, columns * kTile, kTile, grad_v, wide);
+            PackedTiles{queries.g_pairs + first * wide, columns * kTile, kTile}, grad_v, wide);
         tile_product<true>(
             keys / 16, columns, kBlockQueries / kTileDepth, panels.grad_scores, kBlockQueries,
-            queries.q_pairs + first * wide, columns * kTile, kTile, grad_k, wide);
+            PackedTiles{queries.q_pairs + first * wide, columns * kTile, kTile}, grad_k, wide);
         tile_product<true>(
-            columns, kBlockQueries / 16, keys / kTileDepth, k_t, kBlockKeys, panels.pairs,
-            kBlockQueries / 16 * kTile, kTile, grad_q + first * wide, kBlockQueries);
+            columns, kBlockQueries / 16, keys / kTileDepth, k_t, kBlockKeys,
+            PackedTiles{panels.pairs, kBlockQueries / 16 * kTile, kTile}, grad_q + first * wide,
+            kBlockQueries);
       }
 
       const float magnitude = std::fabs(base.scale);

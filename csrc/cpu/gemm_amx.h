@@ -6,7 +6,7 @@
 // a processor that makes two vectors of 16 a cycle needs 256), so what counts is the rest: the right
 // operand is read and paired, which M rows share, and results pass through memory once. Measured on a
 // Sapphire Rapids class Xeon, one core, 4x128x32x32: external_memory 5.7 to 4.4 ms (forward and
-// backward), dense multi_dilation_conv on two cores 5.4 to 3.1 ms.
+// backward).
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -65,13 +65,9 @@ namespace detail {
 inline constexpr int64_t kMostSteps = 18;    // of a block of the right operand: 36 KiB
 inline constexpr int64_t kMostTileRows = 8;  // of a block of the result: 16 KiB
 
-// Tiles of the rows first .. first + depth - 1 and the columns j .. min(j + 32, N) - 1 of `right`:
-// tile (step, column) at (2 step + column) * kTile.
-template <class Right>
-inline void pack_right(
-    int64_t first, int64_t depth, int64_t j, int64_t N, const Right& right, bfloat16* tiles) {
-  // Lane 2 l of a row of pairs is value l of the first row, lane 2 l + 1 that of the second.
-  alignas(64) static constexpr auto kPairs = [] {
+// Pairs of bfloat16: lane 2 l is value l of the first vector, lane 2 l + 1 that of the second.
+EAMNET_INLINE __m512i pair(Vec<float> even, Vec<float> odd) {
+  alignas(64) static constexpr auto kLanes = [] {
     std::array<uint16_t, 32> lanes{};
     for (int l = 0; l < 16; ++l) {
       lanes[2 * l] = l;
@@ -79,7 +75,16 @@ inline void pack_right(
     }
     return lanes;
   }();
-  const __m512i lanes = _mm512_load_si512(kPairs.data());
+  const auto both =
+      bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(odd.v), bit_cast<__m512>(even.v)));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kLanes.data()), both);
+}
+
+// Tiles of the rows first .. first + depth - 1 and the columns j .. min(j + 32, N) - 1 of `right`:
+// tile (step, column) at (2 step + column) * kTile.
+template <class Right>
+inline void pack_right(
+    int64_t first, int64_t depth, int64_t j, int64_t N, const Right& right, bfloat16* tiles) {
   const auto pack = [&](int64_t column, auto count) __attribute__((always_inline)) {
     bfloat16* to = tiles + column * kTile;
     const int64_t at = j + 16 * column;
@@ -87,11 +92,7 @@ inline void pack_right(
       const Vec<float> even = k < depth ? load<float>(right.row(first + k) + at, count) : Vec<float>(0.0f);
       const Vec<float> odd =
           k + 1 < depth ? load<float>(right.row(first + k + 1) + at, count) : Vec<float>(0.0f);
-      const auto both = bit_cast<__m512i>(
-          _mm512_cvtne2ps_pbh(bit_cast<__m512>(odd.v), bit_cast<__m512>(even.v)));
-      _mm512_store_si512(
-          to + k / kTileDepth * 2 * kTile + k % kTileDepth / 2 * kTileDepth,
-          _mm512_permutexvar_epi16(lanes, both));
+      _mm512_store_si512(to + k / kTileDepth * 2 * kTile + k % kTileDepth / 2 * kTileDepth, pair(even, odd));
     }
   };
   for (int64_t column = 0; column < 2 && j + 16 * column < N; ++column) {
@@ -113,9 +114,9 @@ inline void gemm_tiles(
       for (int64_t k = 0; k == 0 || k < K; k += kMostSteps * kTileDepth) {
         const int64_t depth = std::min(K - k, kMostSteps * kTileDepth);
         pack_right(k, depth, j, N, right, tiles);
-        (k == 0 ? tile_product<false> : tile_product<true>)(
+        (k == 0 ? tile_product<false, PackedTiles> : tile_product<true, PackedTiles>)(
             ceil_div(rows, kTileRows), columns, ceil_div(depth, kTileDepth),
-            left.data + i0 * left.stride + k, left.stride, tiles, 2 * kTile, kTile, result, 32,
+            left.data + i0 * left.stride + k, left.stride, {tiles, 2 * kTile, kTile}, result, 32,
             kTileDepth);
       }
       for (int64_t i = 0; i < rows; ++i) {

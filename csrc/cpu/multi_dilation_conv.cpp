@@ -259,68 +259,59 @@ void correlate_gemm(
   }
 }
 
-#if defined(__AMX_BF16__)
-// The same in matrix tiles, one after the other for the rows of pixels: gz is rounded to bfloat16 as it
-// lies, so that a tap is a place to start from, and x is packed once for all taps.
-struct TileCorrelation {
-  int64_t c, channel_stride, rows, steps;  // steps: tiles that cover a row of pixels
+// How dense branches of c channels are multiplied: in vectors. DenseInTiles takes its place where there are
+// matrix tiles. A panel has at most `channel_stride` values for a channel, a tile `rows` x `columns` pixels.
+template <class T>
+class DenseInVectors {
+ public:
+  using Left = PackedLeft<T>;
+  DenseInVectors(int64_t c, int64_t /*channel_stride*/, int64_t /*rows*/, int64_t /*columns*/) : c_(c) {}
 
-  // `channel_stride` is the panel's, or more.
-  TileCorrelation(int64_t c, int64_t channel_stride, int64_t rows, int64_t columns)
-      : c(c), channel_stride(channel_stride), rows(rows), steps(ceil_div(columns, kTileDepth)) {}
-  int64_t out_rows() const { return round_up(c, kTileRows); }
-  // A tile that ends beyond its row of pixels, or beyond the last channel's, is read all the same.
-  int64_t panel_values() const { return out_rows() * channel_stride + 2 * kTileDepth; }
-  int64_t tile_values() const { return steps * rows * 2 * kTile; }  // of 32 channels of x at a time
-  size_t bytes() const {
-    return Scratch::bytes<bfloat16>(panel_values()) + Scratch::bytes<bfloat16>(tile_values()) +
-        Scratch::bytes<float>(out_rows() * 32);
+  int64_t weights_size() const { return Left::size(c_, kTaps * c_); }
+  // The weights (c, c, 3, 3) as convolve takes them; for the transposed convolution `mirrored`.
+  template <class S>
+  Left pack(const S* w, bool mirrored, T* packed) const {
+    return pack_dense<Left>(w, c_, mirrored, packed);
   }
 
-  void operator()(const Tile& tile, const Halo<float>& halo, const float* gz, const int64_t* offset,
-                  const FeatureMap& x, float* sums, Scratch scratch) const {
-    bfloat16* panel = scratch.take<bfloat16>(panel_values());
-    bfloat16* tiles = scratch.take<bfloat16>(tile_values());
-    float* result = scratch.take<float>(out_rows() * 32);
-    const int64_t stride = halo.channel_stride;
-    const int64_t valid = (tile.rows + 2 * halo.shift_y) * halo.row_stride;
-    for (int64_t k = 0; k < c; ++k) {
-      for_vectors<float>(valid, [&](int64_t j, auto count) __attribute__((always_inline)) {
-        store(load<float>(gz + k * stride + j, count), panel + k * stride + j, count);
-      });
-      // Read with a weight of zero, so no NaN may be there.
-      std::fill(panel + k * stride + valid, panel + (k + 1) * stride, bfloat16{0});
-    }
-    std::fill(panel + c * stride, panel + out_rows() * stride + 2 * kTileDepth, bfloat16{0});
-
-    const TileSession session;
-    const int64_t now = ceil_div(tile.columns, kTileDepth);
-    for (int64_t q = 0; q < c; q += 32) {
-      const int64_t columns = c - q > 16 ? 2 : 1;
-      for (int64_t s = 0; s < now; ++s) {
-        for (int64_t r = 0; r < tile.rows; ++r) {
-          const int64_t first = s * kTileDepth, pixel = r * tile.columns + first;
-          detail::pack_right(
-              0, std::min(kTileDepth, tile.columns - first), q, c,
-              Rows<float>{x.at<float>(0, 0, pixel), x.pixel_stride}, tiles + (s * tile.rows + r) * 2 * kTile);
-        }
-      }
-      for (int64_t t = 0; t < kTaps; ++t) {
-        for (int64_t s = 0; s < now; ++s) {
-          (s == 0 ? tile_product<false> : tile_product<true>)(
-              out_rows() / kTileRows, columns, tile.rows, panel + offset[t] + s * kTileDepth, stride,
-              tiles + s * tile.rows * 2 * kTile, 2 * kTile, kTile, result, 32, halo.row_stride);
-        }
-        for (int64_t o = 0; o < c; ++o) {
-          float* to = sums + (t * c + o) * c + q;
-          for_vectors<float>(std::min<int64_t>(32, c - q), [&](int64_t i, auto count) {
-            store(load<float>(to + i, count) + load<float>(result + o * 32 + i, count), to + i, count);
-          });
-        }
-      }
-    }
+  size_t convolve_bytes() const { return Scratch::bytes<int64_t>(kTaps * c_); }
+  template <class Sink>
+  void convolve(
+      int64_t height, const Tile& tile, const Halo<T>& halo, const Left& weights, const T* panel,
+      Scratch scratch, Sink&& sink) const {
+    int64_t* offset = scratch.take<int64_t>(kTaps * c_);
+    dense_offsets(halo, c_, offset);
+    convolve_dense(c_, height, tile, halo, weights, panel, offset, sink);
   }
+
+  // Whether `correlate` takes so few channels.
+  bool correlates() const { return c_ >= 2 * Vec<T>::width; }
+  size_t correlate_bytes() const { return 0; }
+  void correlate(
+      int64_t height, const Tile& tile, const Halo<T>& halo, const T* gz, const int64_t* offset,
+      const FeatureMap& x, T* sums, Scratch) const {
+    correlate_gemm(tile, halo, height, gz, offset, x, sums);
+  }
+
+ private:
+  int64_t c_;
 };
+
+}  // namespace
+}  // namespace EAMNET_LEVEL
+}  // namespace eamnet
+
+#if defined(__AMX_BF16__)
+#include "cpu/multi_dilation_conv_amx.h"
+#endif
+
+namespace eamnet {
+namespace EAMNET_LEVEL {
+namespace {
+
+#if !defined(__AMX_BF16__)
+template <class S>
+using Dense = DenseInVectors<Compute<S>>;
 #endif
 
 // --------------------------------------------------------------------------------------------- forward
@@ -334,22 +325,29 @@ void tap_offsets(const Halo<T>& halo, bool mirrored, int64_t* offset) {
   }
 }
 
-// The branches' weights as they are multiplied by: dense ones packed for gemm.
+// The branches' weights as they are multiplied by.
 template <class S>
 struct BranchWeights {
   using T = Compute<S>;
-  using Left = LeftOf<S>;
+  using Left = typename Dense<S>::Left;
   std::vector<Left> dense;
 
-  BranchWeights(const MultiDilationConv& a, bool mirrored) : channels_(a.group()) {
-    const int64_t c = channels_, n = a.branches(), size = Left::size(c, kTaps * c);
-    if (a.depthwise) per_channel_.reserve(static_cast<size_t>(n * c * kTaps));
-    else packed_.resize(static_cast<size_t>(n * size));
-    for (int64_t i = 0; i < n; ++i) {
-      const S* w = static_cast<const S*>(a.w_branches[i]);
-      if (!a.depthwise) dense.push_back(pack_dense<Left>(w, c, mirrored, packed_.data() + i * size));
-      for (int64_t k = 0; k < c * kTaps && a.depthwise; ++k) per_channel_.push_back(widen(w[k]));
+  BranchWeights(const MultiDilationConv& a, const Dense<S>& products, bool mirrored)
+      : channels_(a.group()) {
+    const int64_t c = channels_, n = a.branches(), size = products.weights_size();
+    const auto weights = [&](int64_t i) { return static_cast<const S*>(a.w_branches[i]); };
+    if (a.depthwise) {
+      per_channel_.reserve(static_cast<size_t>(n * c * kTaps));
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t k = 0; k < c * kTaps; ++k) per_channel_.push_back(widen(weights(i)[k]));
+      }
+      return;
     }
+    packed_.resize(static_cast<size_t>(n * size));
+    dense.resize(static_cast<size_t>(n));
+    parallel_for(n, 0, [&](int64_t i, Scratch&) {
+      dense[i] = products.pack(weights(i), mirrored, packed_.data() + i * size);
+    });
   }
   BranchWeights(const BranchWeights&) = delete;  // `dense` points into `packed_`
 
@@ -393,7 +391,7 @@ int64_t panel_size(const MultiDilationConv& a, const Tiling& tiling) {
 
 template <class S, class T = Compute<S>>
 void forward(const MultiDilationConvForward& a) {
-  const int64_t C = a.x.channels, c = a.group(), n = a.branches(), K = a.depthwise ? kTaps : kTaps * c;
+  const int64_t C = a.x.channels, c = a.group(), n = a.branches();
   using Left = LeftOf<S>;
   std::vector<typename Left::Value> point(Left::size(C, C));
   const Left w_point = Left::pack(C, C, static_cast<const S*>(a.w_point), C, 1, point.data());
@@ -401,28 +399,28 @@ void forward(const MultiDilationConvForward& a) {
   if (a.bias) {
     for (int64_t i = 0; i < C; ++i) bias[i] = widen(static_cast<const S*>(a.bias)[i]);
   }
-  const BranchWeights<S> w_branches(a, false);
-
   const Tiling tiling = forward_tiling(a);
   const int64_t stride = panel_stride<T>(tiling.rows() * tiling.columns());
   const int64_t at_once = panel_channels<T>(a);
+  const Dense<S> dense(c, panel_size<T>(a, tiling) / at_once, tiling.rows(), tiling.columns());
+  const BranchWeights<S> w_branches(a, dense, false);
   const bool save = a.preactivation.data, channels_last = a.out.channels_last();
   // Channels-last results are turned a few pixels at a time.
   constexpr int64_t strip = 2 * kColumnBlock<T>;
   const size_t bytes = Scratch::bytes<T>(C * stride) + Scratch::bytes<T>(panel_size<T>(a, tiling)) +
-      Scratch::bytes<int64_t>(K) + Scratch::bytes<T>(channels_last ? C * strip : 0);
+      (a.depthwise ? Scratch::bytes<int64_t>(kTaps) : dense.convolve_bytes()) +
+      Scratch::bytes<T>(channels_last ? C * strip : 0);
 
   parallel_for(a.x.batch * tiling.per_sample(), bytes, [&](int64_t chunk, Scratch& scratch) {
     const Tile tile = tiling[chunk];
     T* mixed = scratch.take<T>(C * stride);  // [x0; act(z1); ...; act(zn)] of the tile
     T* panel = scratch.take<T>(panel_size<T>(a, tiling));
-    int64_t* offset = scratch.take<int64_t>(K);
+    int64_t* offset = a.depthwise ? scratch.take<int64_t>(kTaps) : nullptr;
     load_tile<S>(slice_channels(a.x, 0, c), tiling, tile, mixed, stride);
 
     for (int64_t i = 0; i < n; ++i) {
       const Halo<T> halo(tile.rows, tile.columns, a.dilations[i]);
       if (a.depthwise) tap_offsets(halo, false, offset);
-      else dense_offsets(halo, c, offset);
       // Channels-last, z is stored from the whole tile below and only then activated.
       const bool store_z = save && !a.preactivation.channels_last(), turn_z = save && !store_z;
       const auto finish = [&](int64_t o, int64_t r, int64_t j, auto z, auto count)
@@ -440,7 +438,7 @@ void forward(const MultiDilationConvForward& a) {
         load_halo<S>(
             slice_channels(a.x, c + i * c + k, channels), a.height, a.width, tile, halo, panel);
         if (!a.depthwise) {
-          convolve_dense(c, a.height, tile, halo, w_branches.dense[i], panel, offset, finish);
+          dense.convolve(a.height, tile, halo, w_branches.dense[i], panel, scratch, finish);
           continue;
         }
         for (int64_t q = 0; q < channels; ++q) {
@@ -591,7 +589,6 @@ inline constexpr int kInputs = kRowBlock == 8 ? 3 : 1;
 template <class S, class T = Compute<S>>
 void backward_branches(const MultiDilationConvBackward& a) {
   const int64_t C = a.x.channels, c = a.group(), n = a.branches(), K = a.depthwise ? kTaps : kTaps * c;
-  const BranchWeights<S> w_branches(a, true);
 
   // Twice the pixels: the tile holds two groups, not all channels.
   const Tiling tiling(a.height, a.width, 2 * tile_pixels(C));
@@ -599,20 +596,17 @@ void backward_branches(const MultiDilationConvBackward& a) {
   const int64_t at_once = panel_channels<T>(a), weights = c * K;
   const int64_t tiles = a.x.batch * tiling.per_sample();
   if (n == 0) return;
+  const Dense<S> dense(c, panel_size<T>(a, tiling) / at_once, tiling.rows(), tiling.columns());
+  const BranchWeights<S> w_branches(a, dense, true);
   const int64_t parts = parts_of(tiles, a.x.batch * a.x.pixels, C, n * weights, 8);
   const bool channels_last = a.grad_x.channels_last();
-  const bool by_gemm = !a.depthwise && (kInTiles<S> || c >= 2 * Vec<T>::width);
+  const bool correlates = !a.depthwise && dense.correlates();
   std::vector<T> partials(n * parts * weights, T(0));
   const int64_t pixels = tiling.rows() * tiling.columns();
-  size_t bytes = 2 * Scratch::bytes<T>(at_once * stride) +
+  const size_t bytes = 2 * Scratch::bytes<T>(at_once * stride) +
       Scratch::bytes<T>(panel_size<T>(a, tiling)) + Scratch::bytes<int64_t>(kTaps) +
-      Scratch::bytes<int64_t>(a.depthwise ? 0 : K) +
-      Scratch::bytes<T>(by_gemm ? pixels * round_up(c, Vec<T>::width) : 0);
-#if defined(__AMX_BF16__)
-  const TileCorrelation correlate_tiles(
-      c, panel_size<T>(a, tiling) / at_once, tiling.rows(), tiling.columns());
-  if (kInTiles<S> && by_gemm) bytes += correlate_tiles.bytes();
-#endif
+      Scratch::bytes<T>(correlates ? pixels * round_up(c, Vec<T>::width) : 0) +
+      (a.depthwise ? 0 : std::max(dense.convolve_bytes(), dense.correlate_bytes()));
 
   parallel_for(n * parts, bytes, [&](int64_t chunk, Scratch& scratch) {
     const int64_t i = chunk / parts, part = chunk % parts;
@@ -620,14 +614,12 @@ void backward_branches(const MultiDilationConvBackward& a) {
     T* turned = scratch.take<T>(at_once * stride);  // channels-last: grad_x
     T* panel = scratch.take<T>(panel_size<T>(a, tiling));
     int64_t* offset = scratch.take<int64_t>(kTaps);
-    int64_t* all_offsets = a.depthwise ? nullptr : scratch.take<int64_t>(K);
-    T* transposed_x = by_gemm ? scratch.take<T>(pixels * round_up(c, Vec<T>::width)) : nullptr;
+    T* transposed_x = correlates ? scratch.take<T>(pixels * round_up(c, Vec<T>::width)) : nullptr;
     T* grad_w = partials.data() + chunk * weights;
     for (int64_t t = part * tiles / parts; t < (part + 1) * tiles / parts; ++t) {
       const Tile tile = tiling[t];
       const Halo<T> halo(tile.rows, tile.columns, a.dilations[i]);
       tap_offsets(halo, true, offset);
-      if (!a.depthwise) dense_offsets(halo, c, all_offsets);
       for (int64_t k = 0; k < c; k += at_once) {
         const int64_t channels = std::min(at_once, c - k), first = c + i * c + k;
         load_halo<S>(
@@ -651,18 +643,13 @@ void backward_branches(const MultiDilationConvBackward& a) {
             correlate<1>(tile, halo, gz, offset, x + q * stride, stride, grad_w + (k + q) * kTaps);
           }
         } else {
-          convolve_dense(c, a.height, tile, halo, w_branches.dense[i], panel, all_offsets, finish);
-          if (by_gemm) {
+          dense.convolve(a.height, tile, halo, w_branches.dense[i], panel, scratch, finish);
+          if (correlates) {
             const FeatureMap by_pixel = pixel_major(transposed_x, c, pixels);
             store_panel<T>(by_pixel, 0, 0, tile.pixels(), x, stride);
-#if defined(__AMX_BF16__)
-            if constexpr (kInTiles<S>) correlate_tiles(tile, halo, panel, offset, by_pixel, grad_w, scratch);
-            else correlate_gemm(tile, halo, a.height, panel, offset, by_pixel, grad_w);
-#else
-            correlate_gemm(tile, halo, a.height, panel, offset, by_pixel, grad_w);
-#endif
+            dense.correlate(a.height, tile, halo, panel, offset, by_pixel, grad_w, scratch);
           }
-          for (int64_t o = 0; o < c && !by_gemm; ++o) {
+          for (int64_t o = 0; o < c && !correlates; ++o) {
             const T* gz = panel + o * halo.channel_stride;
             T* sums = grad_w + o * K;
             int64_t q = 0;
@@ -681,7 +668,7 @@ void backward_branches(const MultiDilationConvBackward& a) {
   for (int64_t i = 0; i < n; ++i) {
     T* sums = partials.data() + i * parts * weights;
     S* grad_w = static_cast<S*>(a.grad_branches[i]);
-    if (!by_gemm) {
+    if (!correlates) {
       sum_parts(sums, parts, weights, grad_w, [](int64_t k) { return k; });
     } else {
       sum_parts(sums, parts, weights, grad_w, [c](int64_t k) { return k % (c * c) * kTaps + k / (c * c); });

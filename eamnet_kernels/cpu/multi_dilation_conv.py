@@ -21,22 +21,25 @@ def can_run(arguments: Arguments) -> str | None:
 def declines(arguments: Arguments) -> str | None:
     """Dense branches of many channels, where oneDNN was measured faster.
 
-    All with C = 256 in channels-last. bfloat16 in matrix tiles: 4x256x32x32 takes 8.5 ms where
-    `reference` takes 7.0 ms; in NCHW it takes 7.4 ms and `reference` 16 ms (2026-11-28, Sapphire
-    Rapids class Xeon, two cores). float32, forward and with backward, this kernel's speed over that
-    of `reference`: 0.96 and 0.99 with AVX-512, in NCHW 1.32 and 1.17
+    bfloat16 in matrix tiles, forward and with backward, this kernel's speed over that of
+    `reference`: 0.87 and 0.99 for 4x256x32x32 in channels-last and 1.9 and 1.6 in NCHW; 0.58 and
+    0.51 for 4x512x16x16 and 1.1 and 0.73 in NCHW (`python -m bench --op multi_dilation_conv
+    --dtype bfloat16 --no-compile --shape ...`, 2026-11-28, Sapphire Rapids class Xeon, two cores).
+    float32 with C = 256 in channels-last: 0.96 and 0.99 with AVX-512, in NCHW 1.32 and 1.17
     (bench/results/xeon-2core/full); 0.90 and 0.99 with AVX2, in NCHW 1.30 and 1.22
     (bench/results/epyc-2core/dense-256), so that only inference is left out. Depthwise branches and
     other sizes are as fast or faster throughout.
     """
     x, w_branches = arguments["x"], arguments["w_branches"]
     depthwise = len(w_branches) == 0 or w_branches[0].shape[1] == 1
-    if depthwise or x.shape[1] < 256 or not is_channels_last(x):
+    if depthwise or x.shape[1] < 256:
         return None
     if x.dtype == torch.bfloat16 and native.cpu_level() == "amx_bf16":
-        return "dense bfloat16 branches of 64 channels and more: oneDNN's AMX was faster"
-    if x.dtype == torch.float32 and arguments.get("save_for_backward") is False:
-        return "dense float32 branches of 64 channels and more: faster in oneDNN for inference"
+        if x.shape[1] >= 512 or is_channels_last(x):
+            return "dense bfloat16 branches of so many channels: oneDNN's AMX was faster"
+    elif x.dtype == torch.float32 and is_channels_last(x):
+        if arguments.get("save_for_backward") is False:
+            return "dense float32 branches of so many channels: faster in oneDNN for inference"
     return None
 
 
