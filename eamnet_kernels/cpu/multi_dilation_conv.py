@@ -34,12 +34,12 @@ def declines(arguments: Arguments) -> str | None:
     depthwise = len(w_branches) == 0 or w_branches[0].shape[1] == 1
     if depthwise or x.shape[1] < 256:
         return None
+    last = is_channels_last(x)
     if x.dtype == torch.bfloat16 and native.cpu_level() == "amx_bf16":
-        if x.shape[1] >= 512 or is_channels_last(x):
+        if last or x.shape[1] >= 512:
             return "dense bfloat16 branches of so many channels: oneDNN's AMX was faster"
-    elif x.dtype == torch.float32 and is_channels_last(x):
-        if arguments.get("save_for_backward") is False:
-            return "dense float32 branches of so many channels: faster in oneDNN for inference"
+    elif x.dtype == torch.float32 and last and arguments.get("save_for_backward") is False:
+        return "dense float32 branches of so many channels: faster in oneDNN for inference"
     return None
 
 
