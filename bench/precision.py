@@ -1,4 +1,4 @@
-"""What folding and a lower precision change in the Dice: `python -m bench.precision ROOT`.
+"""What folding, precision and `--tta` change in the Dice: `python -m bench.precision ROOT`.
 
 The official validation part of ISIC 2017 (less what `SegmentationData` leaves out) is segmented by
 the network as it was trained and by what `Predictor` makes of it. Masks are compared at the size of
@@ -28,11 +28,12 @@ FOLDED: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
 def predictors(checkpoint: str) -> dict[str, Predictor]:
-    """The network as it was trained, and its folded copies."""
+    """The network as it was trained, its folded copies, and the mean of eight views by one."""
     found = {BASE: Predictor.from_file(checkpoint)}
     found[BASE].model = EAMNet.from_pretrained(checkpoint)
     for precision in FOLDED:
         found[f"{precision}, folded"] = Predictor.from_file(checkpoint, precision=precision)
+    found["float32, folded, 8 views"] = Predictor.from_file(checkpoint, tta=True)
     return found
 
 

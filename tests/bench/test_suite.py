@@ -340,6 +340,7 @@ def test_precisions_are_compared_on_real_pictures(two_pictures: Path, tmp_path: 
     assert trained["largest_change"] == 0
     assert rows["float32, folded"]["largest_change"] < 1e-3
     assert 0 < rows["bfloat16, folded"]["largest_change"] < 0.02
+    assert 0 < rows["float32, folded, 8 views"]["largest_change"] < 0.1
     assert "| bfloat16, folded | 2 | 0.9" in readme.table(tmp_path / "precision.json")
 
 
