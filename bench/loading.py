@@ -102,12 +102,12 @@ def measure(sizes: list[int], count: int, rounds: int) -> Iterator[results.Recor
         with tempfile.TemporaryDirectory() as folder:
             works = subjects(size, count, Path(folder))
             seconds: dict[str, list[float]] = {what: [] for what in works}
-            for turn in range(-1, rounds):  # the first warms up
+            for turn in range(1 + rounds):  # the first warms up
                 for what, work in works.items():
                     start = time.process_time()
                     for index in range(count):
-                        work(turn + 1, index)
-                    if turn >= 0:
+                        work(turn, index)
+                    if turn > 0:
                         seconds[what].append((time.process_time() - start) / count)
         for what, found in seconds.items():
             yield {"what": what, "size": size, **Times(np.array(found)).milliseconds()}

@@ -230,7 +230,7 @@ namespace {
 template <int powers, class S, class T = Compute<S>>
 void products(const GatedProducts& a) {
 #if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<S, bfloat16>) return products_in_tiles<powers>(a);
+  if constexpr (kInTiles<S>) return products_in_tiles<powers>(a);
 #endif
   using V = Vec<T>;
   const FeatureMap& x = a.x;

@@ -149,13 +149,8 @@ void products_in_tiles(const GatedProducts& a) {
       for (int p = 0; p < powers; ++p, sums += kSide * kSide) {
         alignas(64) float value[kSide * kSide], mirrored[kSide * kSide];
         std::copy_n(sums, kSide * kSide, value);
-        if (cuts.slabs > 1) {
-          double sum[kSide * kSide] = {};
-          for (int64_t s = 0; s < cuts.slabs; ++s) {
-            for (int64_t q = 0; q < kSide * kSide; ++q) sum[q] += sums[s * total * block_size + q];
-          }
-          std::copy_n(sum, kSide * kSide, value);
-        }
+        const int64_t slab = total * block_size;
+        add_partials(sums + slab, slab, cuts.slabs - 1, kSide * kSide, value);
         float* matrix = out + (p * x.batch + b) * C * C;
         if (blocks.symmetric) {
           transpose_panel(value, kSide, kSide, kSide, mirrored, kSide);

@@ -348,23 +348,6 @@ void forward(const MemoryForward& m) {
 
 // --------------------------------------------------------------------------------------------- backward
 
-// out[i] = start[i] + Σ over slabs of partials[slab, i], i < size of rows `stride` apart, in order and in
-// double precision.
-template <class T, class A>
-void add_slabs(const T* partials, int64_t stride, int64_t slabs, int64_t size, const A* start, A* out) {
-  constexpr int64_t piece = 256;
-  for (int64_t first = 0; first < size; first += piece) {
-    const int64_t count = std::min(piece, size - first);
-    double sum[piece];
-    for (int64_t i = 0; i < count; ++i) sum[i] = start == nullptr ? 0.0 : double(start[first + i]);
-    for (int64_t slab = 0; slab < slabs; ++slab) {
-      const T* from = partials + slab * stride + first;
-      for (int64_t i = 0; i < count; ++i) sum[i] += from[i];
-    }
-    for (int64_t i = 0; i < count; ++i) out[first + i] = static_cast<A>(sum[i]);
-  }
-}
-
 template <class S, class T = Compute<S>>
 void backward(const MemoryBackward& m) {
   using V = Vec<T>;
@@ -463,10 +446,12 @@ void backward(const MemoryBackward& m) {
       }
     });
     parallel_for(samples, 0, [&](int64_t b, Scratch&) {
-      T* const none = nullptr;
       T* out = static_cast<T*>(m.grad_readout) + (b0 + b) * size;
-      add_slabs(products.data() + b * slabs * size, size, slabs, size, none, out);
-      add_slabs(row_parts.data() + b * slabs * slots, slots, slabs, slots, none, row.data() + b * slots);
+      T* of_row = row.data() + b * slots;
+      std::fill_n(out, size, T(0));
+      std::fill_n(of_row, slots, T(0));
+      add_partials(products.data() + b * slabs * size, size, slabs, size, out);
+      add_partials(row_parts.data() + b * slabs * slots, slots, slabs, slots, of_row);
     });
 
     parallel_for(samples * slabs, panels, [&](int64_t chunk, Scratch& scratch) {
@@ -499,8 +484,7 @@ void backward(const MemoryBackward& m) {
       }
     });
     parallel_for(C, 0, [&](int64_t c, Scratch&) {
-      double* out = grad_key.data() + c * slots;
-      add_slabs(products.data() + c * slots, size, samples * slabs, slots, out, out);
+      add_partials(products.data() + c * slots, size, samples * slabs, slots, grad_key.data() + c * slots);
     });
   }
   T* out = static_cast<T*>(m.grad_key);

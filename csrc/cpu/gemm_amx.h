@@ -101,6 +101,18 @@ inline void pack_right(
   }
 }
 
+// sink(i, at, value, count) for the vectors of the columns j .. min(j + 32, N) - 1 of a result of `rows`
+// rows of 32.
+template <class Sink>
+EAMNET_INLINE void hand_out(int64_t rows, int64_t j, int64_t N, const float* result, Sink&& sink) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t at = j; at < std::min(j + 32, N); at += 16) {
+      const auto value = Vec<float>::load(result + i * 32 + at - j);
+      N - at >= 16 ? sink(i, at, value, AllLanes{}) : sink(i, at, value, N - at);
+    }
+  }
+}
+
 template <class Right, class Sink>
 inline void gemm_tiles(
     int64_t M, int64_t N, int64_t K, const TileLeft& left, const Right& right, Sink&& sink) {
@@ -119,13 +131,11 @@ inline void gemm_tiles(
             left.data + i0 * left.stride + k, left.stride, {tiles, 2 * kTile, kTile}, result, 32,
             kTileDepth);
       }
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t column = 0; column < columns; ++column) {
-          const int64_t at = j + 16 * column;
-          const auto value = Vec<float>::load(result + i * 32 + 16 * column);
-          N - at >= 16 ? sink(i0 + i, at, value, AllLanes{}) : sink(i0 + i, at, value, N - at);
-        }
-      }
+      hand_out(
+          rows, j, N, result,
+          [&](int64_t i, int64_t at, auto value, auto count) __attribute__((always_inline)) {
+            sink(i0 + i, at, value, count);
+          });
     }
   }
 }

@@ -134,19 +134,24 @@ FeatureMap pixel_major(T* data, int64_t channels, int64_t pixels) {
 
 // ------------------------------------------------------------------------------------ convolutions
 
+// The weight of output i for input k at a tap, from those (c, c, 3, 3) of a dense branch; for the
+// transposed convolution, `mirrored`, the other way round.
+template <class S>
+EAMNET_INLINE S dense_weight(const S* w, int64_t c, bool mirrored, int64_t i, int64_t k, int64_t tap) {
+  return mirrored ? w[(k * c + i) * kTaps + kTaps - 1 - tap] : w[(i * c + k) * kTaps + tap];
+}
+
 // The weights (c, c, 3, 3) of a dense branch as the left operand of convolve_dense, A[i, (ky*c + k)*3 + kx]
-// for output i and input k; for the transposed convolution, `mirrored`, the other way round.
+// for output i and input k.
 template <class Left, class S>
 Left pack_dense(const S* w, int64_t c, bool mirrored, typename Left::Value* packed) {
-  const int64_t output = (mirrored ? 1 : c) * kTaps, input = (mirrored ? c : 1) * kTaps;
   std::vector<S> matrix;
   matrix.reserve(static_cast<size_t>(c * c * kTaps));
   for (int64_t i = 0; i < c; ++i) {
     for (int64_t ky = 0; ky < 3; ++ky) {
       for (int64_t k = 0; k < c; ++k) {
         for (int64_t kx = 0; kx < 3; ++kx) {
-          const int64_t tap = mirrored ? kTaps - 1 - 3 * ky - kx : 3 * ky + kx;
-          matrix.push_back(w[i * output + k * input + tap]);
+          matrix.push_back(dense_weight(w, c, mirrored, i, k, 3 * ky + kx));
         }
       }
     }
@@ -483,11 +488,9 @@ void forward(const MultiDilationConvForward& a) {
 // to[place(i)] = sum over `parts` consecutive partial results of value i of `size`, in their order.
 template <class S, class T, class Place>
 void sum_parts(const T* partials, int64_t parts, int64_t size, S* to, Place place) {
-  for (int64_t i = 0; i < size; ++i) {
-    double total = 0;
-    for (int64_t p = 0; p < parts; ++p) total += partials[p * size + i];
-    to[place(i)] = narrow<S>(static_cast<T>(total));
-  }
+  std::vector<double> total(static_cast<size_t>(size));
+  add_partials(partials, size, parts, size, total.data());
+  for (int64_t i = 0; i < size; ++i) to[place(i)] = narrow<S>(static_cast<T>(total[i]));
 }
 
 // How many parts to sum `size` values per part over B·N pixels in: enough for many threads, but the

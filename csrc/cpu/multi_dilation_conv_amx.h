@@ -37,14 +37,11 @@ class DenseInTiles {
   int64_t weights_size() const { return TileLeft::size(c_, kTaps * padded()); }
   template <class S>
   TileLeft pack(const S* w, bool mirrored, bfloat16* packed) const {
-    const int64_t output = (mirrored ? 1 : c_) * kTaps, input = (mirrored ? c_ : 1) * kTaps;
     std::vector<S> matrix(static_cast<size_t>(c_ * kTaps * padded()));
     for (int64_t i = 0; i < c_; ++i) {
       for (int64_t t = 0; t < kTaps; ++t) {
         S* to = matrix.data() + (i * kTaps + t) * padded();
-        for (int64_t k = 0; k < c_; ++k) {
-          to[k] = w[i * output + k * input + (mirrored ? kTaps - 1 - t : t)];
-        }
+        for (int64_t k = 0; k < c_; ++k) to[k] = dense_weight(w, c_, mirrored, i, k, t);
       }
     }
     return TileLeft::pack(c_, kTaps * padded(), matrix.data(), kTaps * padded(), 1, packed);
@@ -89,13 +86,11 @@ class DenseInTiles {
         tile_product<false>(
             out_rows() / kTileRows, columns, 3 * (last - first) * depth,
             weights.data + 3 * first * padded(), weights.stride, right, result, 32);
-        for (int64_t o = 0; o < c_; ++o) {
-          for (int64_t column = 0; column < columns; ++column) {
-            const int64_t at = j + 16 * column, count = tile.columns - at;
-            const V value = V::load(result + o * 32 + 16 * column);
-            count >= 16 ? sink(o, r, at, value, AllLanes{}) : sink(o, r, at, value, count);
-          }
-        }
+        detail::hand_out(
+            c_, j, tile.columns, result,
+            [&](int64_t o, int64_t at, V value, auto count) __attribute__((always_inline)) {
+              sink(o, r, at, value, count);
+            });
       }
     }
   }

@@ -65,6 +65,23 @@ class Workspace {
 constexpr int64_t ceil_div(int64_t total, int64_t size) { return (total + size - 1) / size; }
 constexpr int64_t round_up(int64_t total, int64_t size) { return ceil_div(total, size) * size; }
 
+// out[i] += Σ over parts of partials[part*stride + i], i < size, in order and in double precision.
+template <class T, class A>
+void add_partials(const T* partials, int64_t stride, int64_t parts, int64_t size, A* out) {
+  if (parts == 0) return;
+  constexpr int64_t piece = 256;
+  for (int64_t first = 0; first < size; first += piece) {
+    const int64_t count = std::min(piece, size - first);
+    double sum[piece];
+    for (int64_t i = 0; i < count; ++i) sum[i] = static_cast<double>(out[first + i]);
+    for (int64_t part = 0; part < parts; ++part) {
+      const T* from = partials + part * stride + first;
+      for (int64_t i = 0; i < count; ++i) sum[i] += from[i];
+    }
+    for (int64_t i = 0; i < count; ++i) out[first + i] = static_cast<A>(sum[i]);
+  }
+}
+
 template <class Body>
 void parallel_for(int64_t chunks, size_t scratch_bytes, Body&& body) {
   using B = std::remove_reference_t<Body>;
